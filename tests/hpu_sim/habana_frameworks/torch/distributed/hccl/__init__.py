@@ -1,0 +1,67 @@
+"""Registers the backend `hccl`. Gloo plays it, on the memory of the card's tensors, which it alone takes."""
+import os
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import _create_work_from_future
+from torch.futures import Future
+
+import habana_frameworks.torch.core  # noqa: F401
+
+
+def _on_cpu(tensors):
+    """The same memory as CPU tensors, in lists of lists as the collectives have them."""
+    if isinstance(tensors, (list, tuple)):
+        return [_on_cpu(t) for t in tensors]
+    if tensors.device.type != "hpu":
+        raise RuntimeError(f"No backend type associated with device type {tensors.device.type}: hccl takes hpu tensors")
+    return torch.ops.hpu_sim.on_cpu(tensors)
+
+
+def _collective(name, has_result=True):
+    """A method of the process group that runs gloo's and waits; the first argument is what comes out."""
+    def method(self, *args, **kw):
+        torch.ops.hpu_sim.ran(f"hccl::{name}")
+        args = list(args)
+        out = args[0] if has_result else []
+        for i, a in enumerate(args):
+            if isinstance(a, torch.Tensor) or isinstance(a, (list, tuple)) and a:
+                args[i] = _on_cpu(a)
+        getattr(self.gloo, name)(*args, **kw).wait()
+        done = Future()
+        done.set_result(out)
+        return _create_work_from_future(done)
+    return method
+
+
+class ProcessGroupHccl(dist.ProcessGroup):
+    def __init__(self, store, rank, size, timeout):
+        super().__init__(rank, size)
+        self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    _device_types = property(lambda self: [torch.device("hpu")])  # where torch puts pickled objects to send them
+
+    for _n in ("allreduce allreduce_coalesced broadcast reduce allgather _allgather_base gather reduce_scatter _reduce_scatter_base "
+               "scatter alltoall alltoall_base send recv all_gather_single reduce_scatter_single all_to_all_single").split():
+        if hasattr(dist.ProcessGroupGloo, _n):  # the last three are newer torch's
+            locals()[_n] = _collective(_n)
+    barrier = _collective("barrier", has_result=False)
+
+    def getBackendName(self):
+        return "hccl"
+
+    def __repr__(self):
+        return f"ProcessGroupHccl({self.rank()} of {self.size()})"
+
+
+if not hasattr(dist.Backend, "HCCL"):
+    dist.Backend.register_backend("hccl", ProcessGroupHccl, devices=["hpu"])
+
+
+def initialize_distributed_hpu(world_size=None, rank=None, local_rank=None):
+    """(world_size, rank, local_rank) as torchrun says, or as given."""
+    given = {"WORLD_SIZE": world_size, "RANK": rank, "LOCAL_RANK": local_rank}
+    if all(v is not None for v in given.values()):
+        os.environ.update({k: str(v) for k, v in given.items()})
+    env = os.environ.get
+    return int(env("WORLD_SIZE", 1)), int(env("RANK", -1)), int(env("LOCAL_RANK", -1))

@@ -1,0 +1,86 @@
+"""torch.hpu, as far as a training script meets it."""
+import os
+
+import torch
+
+from habana_frameworks.torch.hpu import random
+from habana_frameworks.torch.hpu.random import get_rng_state, initial_seed, manual_seed, manual_seed_all, seed, set_rng_state  # noqa: F401
+
+
+def is_available():
+    return device_count() > 0
+
+
+def device_count():
+    """Cards in the machine. A process sees the one it acquired as hpu:0, whatever its rank."""
+    return int(os.environ.get("HPU_SIM_CARDS", "1"))
+
+
+def current_device():
+    return 0
+
+
+def set_device(device):
+    index = device if isinstance(device, int) else torch.device(device).index or 0
+    if not 0 <= index < device_count():
+        raise RuntimeError(f"invalid device {device}: this machine has {device_count()} card(s)")
+
+
+class device:  # with torch.hpu.device(...)
+    def __init__(self, device):
+        set_device(device)
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+
+def get_device_name(device=None):
+    return "GAUDI (simulated)"
+
+
+def synchronize(device=None):
+    torch.ops.hpu_sim.synced("synchronize")
+
+
+def memory_allocated(device=None):
+    return torch.ops.hpu_sim.memory()[0]
+
+
+def max_memory_allocated(device=None):
+    return torch.ops.hpu_sim.memory()[1]
+
+
+def reset_peak_memory_stats(device=None):
+    torch.ops.hpu_sim.reset_peak()
+
+
+def memory_stats(device=None):
+    now, peak = torch.ops.hpu_sim.memory()
+    return {"InUse": now, "MaxInUse": peak, "Limit": 32 << 30}  # 32 GiB: a first-generation card
+
+
+def is_initialized():
+    return True
+
+
+def init():
+    pass
+
+
+def _lazy_init():
+    pass
+
+
+def _is_in_bad_fork():
+    return False
+
+
+def is_bf16_supported():
+    return True
+
+
+def get_amp_supported_dtype():
+    return [torch.bfloat16, torch.float16]

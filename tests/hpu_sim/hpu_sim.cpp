@@ -1,0 +1,427 @@
+// A Gaudi card played by the CPU. Every tensor really has device type `hpu`, so device mix-ups,
+// op lists, syncs and checkpoints behave as they do on the card; the arithmetic is the CPU's,
+// on the same memory, so an fp32 run gives the CPU's numbers. Nothing here says how fast a card is.
+// Builds with torch 2.6 and later; no pybind, so it is loaded with torch.ops.load_library.
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/detail/HPUHooksInterface.h>
+#include <ATen/ops/_local_scalar_dense_native.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/resize_native.h>
+#include <ATen/ops/set_cpu_dispatch.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_native.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <unordered_set>
+
+using namespace at;
+static const Device kCard(DeviceType::HPU, 0);  // a process sees its one card as hpu:0, as on a real machine
+
+// ---- the record: what a test reads afterwards -------------------------------------------------
+static struct Record {
+  std::mutex lock;  // backward runs in a thread of its own
+  std::set<std::string> ops;
+  std::map<std::string, int64_t> syncs;
+  std::vector<std::string> events;
+  int64_t marks = 0, in_graph = 0, longest = 0;
+} record_;
+static constexpr size_t kMaxEvents = 20000;
+
+static void add_event(const std::string& e) { if (record_.events.size() < kMaxEvents) record_.events.push_back(e); }
+static void ran(const std::string& op) {
+  std::lock_guard<std::mutex> hold(record_.lock);
+  record_.ops.insert(op);
+  record_.longest = std::max(record_.longest, ++record_.in_graph);
+}
+static void synced(std::string by) {  // the host waits for the card
+  std::lock_guard<std::mutex> hold(record_.lock);
+  ++record_.syncs[by];
+  add_event("sync:" + by);
+}
+static void event(std::string e) { std::lock_guard<std::mutex> hold(record_.lock); add_event(e); }
+static void mark(std::string by) {  // by: empty when the script cut the graph, else who did (the optimizer)
+  std::lock_guard<std::mutex> hold(record_.lock);
+  if (by.empty()) ++record_.marks;
+  record_.in_graph = 0;
+  add_event(by.empty() ? "mark" : "mark:" + by);
+}
+static std::string report() {
+  std::lock_guard<std::mutex> hold(record_.lock);
+  std::ostringstream out;
+  const char* comma = "";
+  auto list = [&](const auto& names) {
+    comma = "";
+    for (const auto& n : names) { out << comma << '"' << n << '"'; comma = ","; }
+  };
+  out << "{\"mark_steps\":" << record_.marks << ",\"longest_graph\":" << record_.longest << ",\"syncs_by_op\":{";
+  for (const auto& [op, n] : record_.syncs) { out << comma << '"' << op << "\":" << n; comma = ","; }
+  out << "},\"ops\":["; list(record_.ops);
+  out << "],\"events\":["; list(record_.events);
+  out << "]}";
+  return out.str();
+}
+
+// ---- memory, device guard, generator, hooks ---------------------------------------------------
+static std::atomic<int64_t> bytes_now{0}, bytes_peak{0};
+struct CardAllocator final : c10::Allocator {
+  struct Block { void* p; int64_t n; };
+  static void release(void* context) {
+    auto* block = static_cast<Block*>(context);
+    bytes_now -= block->n;
+    std::free(block->p);
+    delete block;
+  }
+  c10::DataPtr allocate(size_t n) override {
+    if (n == 0) return {nullptr, kCard};
+    void* p = nullptr;
+    TORCH_CHECK(posix_memalign(&p, 64, n) == 0, "no memory left for the simulated card");  // 64: what the CPU's vector kernels get
+    int64_t now = bytes_now += n;
+    for (int64_t peak = bytes_peak; peak < now && !bytes_peak.compare_exchange_weak(peak, now);) {}
+    return {p, new Block{p, static_cast<int64_t>(n)}, &release, kCard};
+  }
+  void copy_data(void* dst, const void* src, std::size_t n) const override { std::memcpy(dst, src, n); }
+};
+static CardAllocator card_memory;
+
+struct PinnedAllocator final : c10::Allocator {  // plain memory that remembers that it was asked to be pinned
+  static std::set<const void*>& live() { static std::set<const void*> s; return s; }
+  static std::mutex& lock() { static std::mutex m; return m; }
+  static void release(void* p) {
+    { std::lock_guard<std::mutex> hold(lock()); live().erase(p); }
+    std::free(p);
+  }
+  c10::DataPtr allocate(size_t n) override {
+    void* p = nullptr;
+    TORCH_CHECK(posix_memalign(&p, 64, std::max<size_t>(n, 1)) == 0, "no memory left to pin");
+    std::lock_guard<std::mutex> hold(lock());
+    live().insert(p);
+    return {p, p, &release, Device(kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* dst, const void* src, std::size_t n) const override { std::memcpy(dst, src, n); }
+};
+static PinnedAllocator pinned_memory;
+
+template <DeviceType T, int COUNT>
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  DeviceType type() const override { return T; }
+  Device exchangeDevice(Device) const override { return Device(T, 0); }
+  Device getDevice() const override { return Device(T, 0); }
+  void setDevice(Device d) const override { TORCH_CHECK(d.index() <= 0, "this process has one card, hpu:0, not ", d); }
+  void uncheckedSetDevice(Device) const noexcept override {}
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, Device(T, 0)); }
+  Stream exchangeStream(Stream s) const noexcept override { return s; }
+  DeviceIndex deviceCount() const noexcept override { return COUNT; }
+  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, const DeviceIndex) const noexcept override {}
+};
+static Guard<DeviceType::HPU, 1> card_guard;
+static Guard<DeviceType::CUDA, 0> no_cuda_guard;
+
+struct CardGenerator final : CPUGeneratorImpl {  // torch.Generator("hpu"): the CPU's numbers under the card's name
+  explicit CardGenerator(uint64_t seed = default_rng_seed_val) : CPUGeneratorImpl(seed) { call_itself(kCard); }
+  void call_itself(Device d) { device_ = d; }
+};
+
+struct CardHooks final : HPUHooksInterface {  // isBuilt and isAvailable override nothing in torch 2.6
+  void init() const override {}
+  bool hasHPU() const override { return true; }
+  bool isBuilt() const { return true; }
+  bool isAvailable() const { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
+  bool isPinnedPtr(const void* p) const override {
+    std::lock_guard<std::mutex> hold(PinnedAllocator::lock());
+    return PinnedAllocator::live().count(p) > 0;
+  }
+  Generator getNewGenerator(DeviceIndex) const override { return make_generator<CardGenerator>(); }
+};
+static CardHooks card_hooks;
+
+static int64_t plug_in() {  // called once, by habana_frameworks.torch.core
+  c10::SetAllocator(DeviceType::HPU, &card_memory, 1);
+  c10::impl::DeviceGuardImplRegistrar hpu(DeviceType::HPU, &card_guard);
+  // A CUDA build's autograd engine asks CUDA's guard for its device count and streams: without a GPU, let it be none.
+  if (c10::impl::hasDeviceGuardImpl(DeviceType::CUDA)) c10::impl::DeviceGuardImplRegistrar cuda(DeviceType::CUDA, &no_cuda_guard);
+  return reinterpret_cast<int64_t>(static_cast<const HPUHooksInterface*>(&card_hooks));
+}
+
+// ---- kernels ----------------------------------------------------------------------------------
+// The same memory, seen from the CPU: a kernel that writes into an argument (batch norm's running
+// statistics, every in-place op) writes into the card's tensor.
+static Tensor on_cpu(const Tensor& t) {
+  if (!t.defined() || t.device().is_cpu()) return t;
+  const auto& s = t.storage();
+  c10::Storage storage({}, s.nbytes(), c10::DataPtr(const_cast<void*>(s.data()), Device(kCPU)), GetAllocator(kCPU), true);
+  Tensor out = at::detail::make_tensor<TensorImpl>(std::move(storage), DispatchKeySet(DispatchKey::CPU), t.dtype());
+  out.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
+  return out;
+}
+static Tensor on_card(const Tensor& t) {
+  if (!t.defined()) return t;
+  Tensor out = at::detail::empty_strided_generic(t.sizes(), t.strides(), &card_memory, DispatchKeySet(DispatchKey::HPU), t.scalar_type());
+  on_cpu(out).copy_(t);
+  return out;
+}
+
+static const std::unordered_set<std::string> host_reads{  // the shape or the answer goes to the host
+    "aten::equal", "aten::nonzero", "aten::nonzero.out", "aten::masked_select", "aten::masked_select.out",
+    "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount"};
+
+// Every op without a kernel below: check devices as the card would, run the CPU's kernel on the same memory.
+static void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  const auto& args = schema.arguments();
+  const size_t first = stack->size() - args.size();
+  const auto& on = op.operator_name();
+  const std::string name = on.overload_name.empty() ? on.name : on.name + "." + on.overload_name;
+  ran(name);
+  if (host_reads.count(name)) synced(name.substr(6));
+
+  auto check = [&](const Tensor& t) {
+    TORCH_CHECK(!t.defined() || t.device() == kCard || (t.device().is_cpu() && t.dim() == 0),
+                "Expected all tensors to be on the same device, but ", name, " found at least two devices, hpu:0 and ", t.device(), "!");
+  };
+  auto list_on_cpu = [&](const auto& list) {
+    c10::List<Tensor> out;
+    for (const Tensor& t : list) { check(t); out.push_back(on_cpu(t)); }
+    return out;
+  };
+  std::vector<IValue> given(stack->begin() + first, stack->end());  // the card's tensors, to hand back those written in place
+  CardGenerator* generator = nullptr;
+  for (size_t i = 0; i < args.size(); ++i) {
+    IValue& v = (*stack)[first + i];
+    if (v.isTensor()) {
+      check(v.toTensor());
+      v = on_cpu(v.toTensor());
+    } else if (v.isTensorList()) {
+      v = list_on_cpu(v.toTensorVector());
+    } else if (v.isOptionalTensorList()) {
+      c10::List<std::optional<Tensor>> out;
+      for (const std::optional<Tensor>& t : v.toOptionalTensorVector()) {
+        if (t) check(*t);
+        out.push_back(t ? std::optional<Tensor>(on_cpu(*t)) : std::nullopt);
+      }
+      v = out;
+    } else if (v.isGenerator()) {
+      TORCH_CHECK(v.toGenerator().device() == kCard, "Expected a 'hpu' device type for generator but found '", v.toGenerator().device().type(), "'");
+      generator = static_cast<CardGenerator*>(v.toGenerator().unsafeGetGeneratorImpl());
+    } else if (v.isDevice()) {
+      v = Device(kCPU);
+    }
+  }
+  std::vector<IValue> seen(stack->begin() + first, stack->end());
+  if (generator) generator->call_itself(Device(kCPU));  // a CPU kernel takes a CPU generator only
+  op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+  if (generator) generator->call_itself(kCard);
+
+  for (size_t i = 0; i < args.size(); ++i) {  // an `out` that the CPU's kernel resized has other memory now
+    if (!args[i].alias_info() || !args[i].alias_info()->isWrite() || !seen[i].isTensor() || !given[i].toTensor().defined()) continue;
+    const Tensor& cpu = seen[i].toTensor();
+    Tensor card = given[i].toTensor();
+    if (card.device().is_cpu() || (cpu.sizes() == card.sizes() && cpu.storage().data() == card.storage().data())) continue;
+    card.resize_(cpu.sizes());
+    on_cpu(card).copy_(cpu);
+  }
+  const auto& returns = schema.returns();
+  const size_t first_return = stack->size() - returns.size();
+  for (size_t r = 0; r < returns.size(); ++r) {
+    IValue& v = (*stack)[first_return + r];
+    if (const auto* alias = returns[r].alias_info()) {
+      for (size_t i = 0; i < args.size(); ++i)
+        if (args[i].alias_info() && *args[i].alias_info() == *alias) { v = given[i]; break; }
+      TORCH_CHECK(alias->isWrite(), name, " makes a view: the simulated card needs a kernel of its own for it");
+    } else if (v.isTensor()) {
+      v = on_card(v.toTensor());
+    } else if (v.isTensorList()) {
+      c10::List<Tensor> out;
+      for (const Tensor& t : v.toTensorVector()) out.push_back(on_card(t));
+      v = out;
+    }
+  }
+}
+
+static void check_card(std::optional<Device> d) {
+  TORCH_CHECK(!d || d->index() <= 0, "this process has one card, hpu:0, not ", *d);
+}
+static Tensor card_empty(IntArrayRef size, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device> device,
+                         std::optional<bool>, std::optional<MemoryFormat> format) {
+  check_card(device);
+  return at::detail::empty_generic(size, &card_memory, DispatchKeySet(DispatchKey::HPU), c10::dtype_or_default(dtype), format);
+}
+static Tensor card_empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<ScalarType> dtype, std::optional<Layout>,
+                                 std::optional<Device> device, std::optional<bool>) {
+  check_card(device);
+  return at::detail::empty_strided_generic(size, stride, &card_memory, DispatchKeySet(DispatchKey::HPU), c10::dtype_or_default(dtype));
+}
+static Tensor card_copy(const Tensor& src, const Tensor& dst, bool non_blocking) {
+  if (src.device() == dst.device()) ran("aten::_copy_from");
+  else if (dst.device().is_cpu()) synced(non_blocking ? "copy_to_cpu_non_blocking" : "copy_to_cpu");
+  else event("copy_to_hpu");
+  on_cpu(dst).copy_(on_cpu(src));
+  return dst;
+}
+static Tensor card_copy_and_resize(const Tensor& src, const Tensor& dst) {
+  dst.resize_(src.sizes());
+  return card_copy(src, dst, false);
+}
+static Tensor card_as_strided(const Tensor& t, IntArrayRef size, IntArrayRef stride, std::optional<int64_t> offset) {
+  ran("aten::as_strided");
+  return at::native::as_strided_tensorimpl(t, size, stride, offset);
+}
+static Tensor card_unfold(const Tensor& t, int64_t dim, int64_t size, int64_t step) {
+  ran("aten::unfold");
+  return at::native::unfold(t, dim, size, step);
+}
+static Tensor& card_set(Tensor& t, Storage s, int64_t offset, IntArrayRef size, IntArrayRef stride) {
+  return at::cpu::set_(t, s, offset, size, stride);
+}
+static Tensor& card_set_whole(Tensor& t, Storage s) {  // torch.save and torch.load move whole storages
+  return at::cpu::set_(t, s, 0, {static_cast<int64_t>(s.nbytes() / t.dtype().itemsize())}, {});
+}
+static Scalar card_item(const Tensor& t) {
+  synced("_local_scalar_dense");
+  return at::native::_local_scalar_dense_cpu(on_cpu(t));
+}
+static void check_same(const Tensor& a, const Tensor& b, const char* what) {
+  TORCH_CHECK(a.device() == b.device(), "Expected all tensors to be on the same device, but the input is on ", a.device(), " and ", what, " on ", b.device());
+}
+static Tensor card_conv(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, IntArrayRef stride, IntArrayRef pad,
+                        IntArrayRef dil, bool transposed, IntArrayRef out_pad, int64_t groups) {
+  ran("aten::convolution_overrideable");
+  check_same(x, w, "weight");
+  const bool has_bias = b && b->defined();
+  if (has_bias) check_same(x, *b, "bias");
+  return on_card(at::convolution(on_cpu(x), on_cpu(w), has_bias ? std::optional<Tensor>(on_cpu(*b)) : std::nullopt,
+                                 stride, pad, dil, transposed, out_pad, groups));
+}
+static std::tuple<Tensor, Tensor, Tensor> card_conv_backward(const Tensor& g, const Tensor& x, const Tensor& w, IntArrayRef stride,
+    IntArrayRef pad, IntArrayRef dil, bool transposed, IntArrayRef out_pad, int64_t groups, std::array<bool, 3> mask) {
+  ran("aten::convolution_backward_overrideable");
+  const std::vector<int64_t> bias_size{transposed ? w.size(1) * groups : w.size(0)};
+  auto [gx, gw, gb] = at::convolution_backward(on_cpu(g), on_cpu(x), on_cpu(w), at::OptionalIntArrayRef(bias_size),
+                                               stride, pad, dil, transposed, out_pad, groups, mask);
+  return {on_card(gx), on_card(gw), on_card(gb)};
+}
+
+TORCH_LIBRARY_IMPL(_, HPU, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }
+TORCH_LIBRARY_IMPL(aten, HPU, m) {
+  m.impl("empty.memory_format", &card_empty);
+  m.impl("empty_strided", &card_empty_strided);
+  m.impl("_copy_from", &card_copy);
+  m.impl("_copy_from_and_resize", &card_copy_and_resize);
+  m.impl("as_strided", &card_as_strided);
+  m.impl("unfold", &card_unfold);
+  m.impl("view", &at::native::view);
+  m.impl("_reshape_alias", &at::native::_reshape_alias);
+  m.impl("resize_", &at::native::resize_);
+  m.impl("set_.source_Storage_storage_offset", &card_set);
+  m.impl("set_.source_Storage", &card_set_whole);
+  m.impl("_local_scalar_dense", &card_item);
+  m.impl("convolution_overrideable", &card_conv);
+  m.impl("convolution_backward_overrideable", &card_conv_backward);
+}
+
+// ---- autocast: the plugin's own rules, its lists read once, when it loads -----------------------
+using Ops = std::unordered_set<std::string>;
+static Ops ops_from(const char* env, Ops defaults) {
+  const char* path = std::getenv(env);
+  if (!path) return defaults;
+  std::ifstream file(path);
+  if (!file.is_open()) {
+    TORCH_WARN("Failed to open file with ops to autocast: ", path, ". Default list loaded.");
+    return defaults;
+  }
+  Ops ops;  // a line is a name as it stands, and the file is the whole list
+  for (std::string line; std::getline(file, line);) ops.insert(line);
+  return ops;
+}
+static const Ops first_only{"layer_norm", "group_norm", "instance_norm", "batch_norm"};  // weights and statistics stay fp32
+static const Ops promoted{"add", "addcmul", "addcdiv", "cat", "div", "exp", "mul", "pow", "sub", "stack"};
+
+enum class Cast { lower, lower_first, fp32, promote };
+template <Cast HOW>
+static void cast_then_call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(DispatchKey::AutocastHPU);
+  const size_t first = stack->size() - op.schema().arguments().size();
+  auto casts = [](const Tensor& t) {
+    return t.defined() && t.device() == kCard && t.is_floating_point() && t.scalar_type() != kDouble;
+  };
+  auto each_tensor = [&](auto f) {
+    for (size_t i = first; i < stack->size(); ++i) {
+      IValue& v = (*stack)[i];
+      if (v.isTensor() && casts(v.toTensor())) v = f(v.toTensor());
+      else if (v.isTensorList()) {
+        c10::List<Tensor> out;
+        for (const Tensor& t : v.toTensorVector()) out.push_back(casts(t) ? f(t) : t);
+        v = out;
+      }
+      if (HOW == Cast::lower_first) break;
+    }
+  };
+  ScalarType to = HOW == Cast::fp32 ? kFloat : at::autocast::get_autocast_dtype(DeviceType::HPU);
+  if (HOW == Cast::promote) each_tensor([&](const Tensor& t) { if (t.scalar_type() == kFloat) to = kFloat; return t; });
+  each_tensor([&](const Tensor& t) { return t.to(to); });
+  op.callBoxed(stack);
+}
+template <Cast HOW>
+static torch::CppFunction casting() { return torch::CppFunction::makeFromBoxedFunction<&cast_then_call<HOW>>(); }
+
+TORCH_LIBRARY_IMPL(_, AutocastHPU, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, AutocastHPU, m) {
+  const Ops lower = ops_from("PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST",
+      {"addmm", "addbmm", "batch_norm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+       "conv_transpose3d", "dot", "dropout", "feature_dropout", "group_norm", "instance_norm", "layer_norm", "leaky_relu", "linear",
+       "matmul", "mean", "mm", "mul", "mv", "softmax", "log_softmax", "scaled_dot_product_attention"});
+  const Ops fp32 = ops_from("PT_HPU_AUTOCAST_FP32_OPS_LIST",
+      {"acos", "addcdiv", "asin", "atan2", "bilinear", "binary_cross_entropy", "binary_cross_entropy_with_logits", "cdist", "cosh",
+       "cosine_embedding_loss", "cosine_similarity", "cross_entropy_loss", "dist", "div", "divide", "embedding", "embedding_bag", "erfinv",
+       "exp", "expm1", "hinge_embedding_loss", "huber_loss", "kl_div", "l1_loss", "log", "log10", "log1p", "log2", "logsumexp",
+       "margin_ranking_loss", "mse_loss", "multi_margin_loss", "multilabel_margin_loss", "nll_loss", "pdist", "poisson_nll_loss", "pow",
+       "reciprocal", "renorm", "rsqrt", "sinh", "smooth_l1_loss", "soft_margin_loss", "softplus", "tan", "topk", "triplet_margin_loss",
+       "true_divide"});
+  for (const auto& on : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (on.name.rfind("aten::", 0) != 0) continue;
+    const std::string op = on.name.substr(6);
+    auto handle = c10::Dispatcher::singleton().findSchema(on);
+    if (!handle || handle->schema().is_mutable()) continue;
+    const std::string full = on.overload_name.empty() ? on.name : on.name + "." + on.overload_name;
+    if (lower.count(op)) m.impl(full.c_str(), first_only.count(op) ? casting<Cast::lower_first>() : casting<Cast::lower>());
+    else if (fp32.count(op)) m.impl(full.c_str(), casting<Cast::fp32>());
+    else if (promoted.count(op)) m.impl(full.c_str(), casting<Cast::promote>());
+  }
+}
+
+// ---- what the Python side calls -----------------------------------------------------------------
+TORCH_LIBRARY(hpu_sim, m) {
+  m.def("plug_in() -> int", &plug_in);
+  m.def("ran(str op) -> ()", [](std::string op) { ran(op); });
+  m.def("mark(str by) -> ()", &mark);
+  m.def("synced(str by) -> ()", &synced);
+  m.def("report() -> str", &report);
+  m.def("memory() -> int[]", [] { return std::vector<int64_t>{bytes_now, bytes_peak}; });
+  m.def("reset_peak() -> ()", [] { bytes_peak = bytes_now.load(); });
+  m.def("on_cpu(Tensor t) -> Tensor", &on_cpu);
+}
