@@ -7,12 +7,16 @@
 The architecture is DCGAN's: Radford, Metz, Chintala 2015, https://arxiv.org/abs/1511.06434, section 3.
 """
 import argparse
+import os
 import sys
 import zipfile
 from pathlib import Path
 
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Gaudi's plugin loads where we say so: choose_device
+
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 # A preset pins networks, latent distribution, batch, optimizer and instance noise; a flag on the command line wins over it.
 # batch_size counts the images of one process, beta1 is Adam's, instance_noise the std of Gaussian noise on D's input in [-1, 1].
@@ -38,11 +42,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def run(main):
-    """Call a script's main(); what a user did wrong becomes one line on stderr and exit status 2."""
+def run(main, *errors):
+    """Call a script's main(); an InputError, or one of `errors`, becomes one line on stderr and exit status 2."""
     try:
         main()
-    except InputError as error:
+    except (InputError, *errors) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except OSError as error:  # no such folder, no permission, no room on the disk
         sys.exit(print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr) or 2)
@@ -105,7 +109,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# ---- seeds and latents ----------------------------------------------------------------------------------------------
+# ---- seeds, latents and pictures ------------------------------------------------------------------------------------
 
 def latents(seeds, nz, latent="normal"):
     """float32 (len(seeds), nz) on the CPU, N(0, 1) or uniform on [-1, 1]; seed n is the same row in any company."""
@@ -117,14 +121,16 @@ def latents(seeds, nz, latent="normal"):
 
 
 def seed_list(text):
-    """'0-63,100' → [0, …, 63, 100]: for argparse, which turns a ValueError into an error that names the option."""
+    """An argparse type: '0-63,100' → [0, …, 63, 100]."""
     seeds = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        span = range(int(first), int(last or first) + 1)
-        if not 0 < len(span) <= 10_000_000 or span[-1] >= 2 ** 63:
-            raise ValueError
-        seeds += span
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            seeds += range(int(first), min(int(last or first), int(first) + 10_000_000) + 1)
+    except ValueError:
+        seeds = []
+    if not seeds or max(seeds) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is no list of seeds: give it as 0-63,100")
     return seeds
 
 
@@ -132,12 +138,46 @@ def number(kind, least, most=10 ** 12):
     """An argparse type: an int or float from `least` to `most`; nan is neither."""
     def parse(text):
         try:
-            assert least <= kind(text) <= most
-        except (ValueError, AssertionError):
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text} is not a {whole}number from {least} to {most:.15g}") from None
-        return kind(text)
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {least} to {most:.15g}")
+        return value
     return parse
+
+
+def cut_windows(frames, image_size, mirror=False):
+    """A random window of each frame: uint8 (N, H, W, 3) → float32 (N, 3, S, S) in [-1, 1], on the frames' device.
+
+    A square of side s, uniform from S to H, anywhere in the frame, resized to S×S (bilinear): the write-up's cropping,
+    down-scaling and translation in one batched operation. `mirror` flips half of them.
+    """
+    N, H, W, _ = frames.shape
+    side, top, left, flip = torch.rand(4, N, 1, device=frames.device)
+    side = image_size + side * (H - image_size)
+    ticks = (torch.arange(image_size, device=frames.device) + 0.5) / image_size  # pixel centres, 0 to 1 across the window
+    y = (top * (H - side) + ticks * side) * (2 / H) - 1  # (N, S), -1 to 1 across the frame, as grid_sample wants it
+    x = torch.where(flip < 0.5, 1 - ticks, ticks) if mirror else ticks
+    x = (left * (W - side) + x * side) * (2 / W) - 1
+    grid = torch.stack([x[:, None, :].expand(-1, image_size, -1), y[:, :, None].expand(-1, -1, image_size)], dim=3)
+    images = F.grid_sample(frames.permute(0, 3, 1, 2).float(), grid, align_corners=False)
+    return images / 127.5 - 1
+
+
+@torch.no_grad()
+def render(G, z, scale=1, batch_size=64):
+    """Pictures of latents z (N, nz), made on G's device: uint8 (N, 3, S·scale, S·scale) on the CPU, enlarged by bicubics.
+
+    In batches of one size, the last filled up, so that a latent gives the same picture in any company. G is in eval mode.
+    """
+    device, pictures = next(G.parameters()).device, []
+    for part in z.split(batch_size):
+        images = G(torch.cat([part, part.new_zeros(batch_size - len(part), G.nz)]).to(device))
+        if scale > 1:
+            images = F.interpolate(images, scale_factor=scale, mode="bicubic")
+        pictures.append(((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()[:len(part)])
+    return torch.cat(pictures).expand(-1, 3, -1, -1)  # grey pictures too
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
@@ -171,7 +211,7 @@ def choose_device(name="auto"):
     return torch.device(name)
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 FORMAT = 1  # of the dictionaries in checkpoint.pt and generator-*.pt; raised when their keys change
 
@@ -196,6 +236,27 @@ def load_file(path):
     if content.get("format", FORMAT) != FORMAT:
         raise InputError(f"{path} has format {content['format']}, and this code reads {FORMAT}")
     return content
+
+
+def write_file(path, data, sync=True, previous=None):
+    """Write bytes so that after a kill or on a full disk there is the whole file or the one before, never a half.
+
+    The file that it replaces gets the name `previous`, if one is given.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_newest(run):

@@ -34,9 +34,11 @@ try:
 except ImportError:  # Windows: nothing keeps two runs apart there
     fcntl = None
 
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Gaudi's plugin reads the op lists as it loads: not before us
-
 import numpy as np
+
+from model import (FORMAT, PRESETS, Discriminator, Generator, InputError, Parser, choose_device, cut_windows, init_weights,
+                   latents, load_newest, number, run, write_file)  # before torch: it says when Gaudi's plugin loads
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -46,8 +48,6 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
 import prepare_data
-from model import (FORMAT, PRESETS, Discriminator, Generator, InputError, Parser, choose_device, init_weights, latents,
-                   load_newest, number, run)
 
 # Mixed precision, op by op. On hpu these lists replace the plugin's own; --bf16-ops and --fp32-ops change or replace them.
 # Convolutions and what is element-wise are cheap and safe in bf16; statistics and the loss want fp32's digits.
@@ -274,24 +274,6 @@ def batches(pack, args, device, rank, world, start):
         yield batch.to(device, non_blocking=True)
 
 
-def cut_windows(frames, image_size, mirror=False):
-    """A random window of each frame: uint8 (N, H, W, 3) → float32 (N, 3, S, S) in [-1, 1], on the frames' device.
-
-    A square of side s, uniform from S to H, anywhere in the frame, resized to S×S (bilinear): the write-up's cropping,
-    down-scaling and translation in one batched operation. `mirror` flips half of them.
-    """
-    N, H, W, _ = frames.shape
-    side, top, left, flip = torch.rand(4, N, 1, device=frames.device)
-    side = image_size + side * (H - image_size)
-    ticks = (torch.arange(image_size, device=frames.device) + 0.5) / image_size  # pixel centres, 0 to 1 across the window
-    y = (top * (H - side) + ticks * side) * (2 / H) - 1  # (N, S), -1 to 1 across the frame, as grid_sample wants it
-    x = torch.where(flip < 0.5, 1 - ticks, ticks) if mirror else ticks
-    x = (left * (W - side) + x * side) * (2 / W) - 1
-    grid = torch.stack([x[:, None, :].expand(-1, image_size, -1), y[:, :, None].expand(-1, -1, image_size)], dim=3)
-    images = F.grid_sample(frames.permute(0, 3, 1, 2).float(), grid, align_corners=False)
-    return images / 127.5 - 1
-
-
 # ---- one training step ----------------------------------------------------------------------------------------------
 
 def make_optimizer(net, args, device):
@@ -419,17 +401,9 @@ class Saver:
     def write(self, snapshot):
         try:
             for name, data in snapshot.items():
-                path, temporary = self.out / name, self.out / (name + ".tmp")
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if name == "checkpoint.pt" and path.exists():
-                    os.replace(path, self.out / "checkpoint-previous.pt")
-                os.replace(temporary, path)
+                write_file(self.out / name, data, previous=self.out / "checkpoint-previous.pt" if name == "checkpoint.pt" else None)
             self.failed = None
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             self.failed = f"no checkpoint at {self.out}: {error.strerror or error}"
             print(f"warning: {self.failed}; training goes on", file=sys.stderr)
 
@@ -713,4 +687,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, prepare_data.InputError)

@@ -1,0 +1,22 @@
+import pytest
+from helpers import TINY, run
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the fault tests in their long form: hundreds of kills, a quarter of an hour")
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory):
+    """A pack of 192 drawn streets for images of 32×32."""
+    folder = tmp_path_factory.mktemp("packs") / "demo-32"
+    run("prepare_data.py", "--demo", 192, "--image-size", 32, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(pack, tmp_path_factory):
+    """A finished run of tiny networks on the CPU."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    run("train.py", *TINY, "--device", "cpu", "--data", pack, "--out", out, "--epochs", 2, "--log-every", 2)
+    return out
