@@ -8,6 +8,7 @@ The architecture is DCGAN's: Radford, Metz, Chintala 2015, https://arxiv.org/abs
 """
 import argparse
 import os
+import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -42,10 +43,22 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def stop(signum, frame):
+    raise KeyboardInterrupt(signum)
+
+
 def run(main, *errors):
-    """Call a script's main(); an InputError, or one of `errors`, becomes one line on stderr and exit status 2."""
+    """Call a script's main(); an InputError, or one of `errors`, becomes one line on stderr and exit status 2.
+
+    SIGTERM and Ctrl-C unwind it, files half written are gone then, and it ends with that signal's own status.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
     try:
         main()
+    except KeyboardInterrupt as stopped:
+        signal.signal(stopped.args[0], signal.SIG_DFL)
+        os.kill(os.getpid(), stopped.args[0])
     except (InputError, *errors) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except OSError as error:  # no such folder, no permission, no room on the disk

@@ -58,6 +58,7 @@ NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}  # the plugi
 GAUDI_LISTS = {"bf16_ops": "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST", "fp32_ops": "PT_HPU_AUTOCAST_FP32_OPS_LIST"}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEMO = {"epochs": 12, "batch_size": 32}  # without --data and --preset: streets to see within five minutes on two CPU cores
 STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")
 
 
@@ -89,7 +90,7 @@ def parse_args(argv=None):
     option("--stream", False, "read the pack as it goes, though it would fit on the device", action="store_true")
     option("--save-every", 200_000, "images between checkpoints", type=many)
     option("--sample-every", 20_000, "images between sample grids", type=many)
-    option("--log-every", 25, "steps between log lines; steps between copy nothing back", type=many)
+    option("--log-every", 50, "steps between log lines; steps between copy nothing back", type=many)
     option("--profile", False, "write a torch.profiler trace of some steps for TensorBoard", action="store_true")
     option("--benchmark", None, "measure so many steps, train and save nothing", nargs="?", const=100, type=many, metavar="STEPS")
     option("--price", None, "dollars an hour, for --benchmark", type=number(float, 0))
@@ -123,7 +124,8 @@ def parse_args(argv=None):
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"--resume: no run in {out}: name one with --out, or start one without --resume") from None
     preset = PRESETS[given.get("preset") or saved.get("preset", defaults["preset"])]
-    return argparse.Namespace(**{**defaults, **preset, **saved, **given, "out": str(out), "resume": bool(resume)})
+    demo = {} if {"data", "preset", "benchmark"} & set(given) else DEMO
+    return argparse.Namespace(**{**defaults, **preset, **demo, **saved, **given, "out": str(out), "resume": bool(resume)})
 
 
 # ---- precision ------------------------------------------------------------------------------------------------------
@@ -171,20 +173,23 @@ def op_lists(args, gaudi=False):
     return low, high
 
 
-def apply_op_lists(lists, device, dtype=None):
-    """Make autocast obey the lists. Returns what must stay alive: the plugin's files, or torch's registrations.
+KEPT = []  # what has to live as long as the op lists are in force
 
-    On cuda and cpu an op's autocast kernel becomes: cast its floating-point arguments, then call it with autocast off.
-    That is one level of Python for a listed op, and nothing for the others; torch.compile traces through it.
+
+def apply_op_lists(lists, device, dtype=None):
+    """Make autocast obey the lists: on hpu by files for the plugin, which reads them as it loads, on cuda and cpu at once.
+
+    There an op's autocast kernel becomes: cast its floating-point arguments, then call it with autocast off. That is one
+    level of Python for a listed op, and nothing for the others; torch.compile traces through it.
     """
     if device == "hpu":
-        folder = tempfile.TemporaryDirectory(prefix="op-lists-")
+        KEPT.append(folder := tempfile.TemporaryDirectory(prefix="op-lists-"))
         for ops, env in zip(lists, GAUDI_LISTS.values()):
             path = Path(folder.name, env)
             path.write_text("\n".join(ops) + "\n")
             os.environ[env] = str(path)
-        return folder
-    library = torch.library.Library("aten", "IMPL", f"Autocast{device.upper()}")
+        return
+    KEPT.append(library := torch.library.Library("aten", "IMPL", f"Autocast{device.upper()}"))
     for ops, target in zip(lists, (dtype, torch.float32)):
         for name in ops:
             packet = getattr(torch.ops.aten, name)
@@ -197,7 +202,6 @@ def apply_op_lists(lists, device, dtype=None):
                 with warnings.catch_warnings():  # that it replaces torch's own rule for the op is the point
                     warnings.simplefilter("ignore")
                     library.impl(overload, kernel)
-    return library
 
 
 def best_precision(device):
@@ -205,6 +209,27 @@ def best_precision(device):
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     return "bf16" if device.type == "hpu" or torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def set_up_device(args, local):
+    """(torch.device, 'fp32' | 'bf16' | 'fp16', op lists or None). On hpu the lists come first, then the plugin."""
+    gaudi = args.device == "hpu" or args.device == "auto" and not torch.cuda.is_available() and bool(find_spec("habana_frameworks"))
+    lists = op_lists(args, gaudi)
+    if lists and gaudi:
+        apply_op_lists(lists, "hpu")
+    device = choose_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(local)
+        torch.backends.cudnn.benchmark = True  # shapes never change
+    precision = args.precision if args.precision != "auto" else best_precision(device)
+    if device.type == "hpu":
+        if precision == "fp16":
+            raise InputError("--precision fp16 is for GPUs without bf16, and hpu has it: leave the option out")
+        return device, precision, lists
+    if lists := op_lists(args):
+        precision = "bf16" if precision == "fp32" else precision  # lists ask for mixed precision, fast here or not
+        apply_op_lists(lists, device.type, DTYPES[precision])
+    return device, precision, lists
 
 
 # ---- data: uint8 frames, from the pack to the device ----------------------------------------------------------------
@@ -219,7 +244,7 @@ def row_batches(n, frame_bytes, batch, seed, start, advise=lambda rows: None):
     chunk = max(1, 2 ** 20 // frame_bytes)
     rows, skip = np.empty(0, np.int64), start % n
     for epoch in itertools.count(start // n):
-        rng = np.random.default_rng((seed, epoch))
+        rng = np.random.default_rng((*seed, epoch))
         chunks = rng.permutation(-(-n // chunk))
         for pool in np.split(chunks, range(256, len(chunks), 256)):
             pool = (pool[:, None] * chunk + np.arange(chunk)).ravel()
@@ -354,6 +379,21 @@ def graphed(step):
     return replay
 
 
+def set_up_step(nets, optimizers, scaler, args, device, dtype, world, steps):
+    """The step, compiled where that pays for `steps` of them, replicated over the ranks, as one graph on CUDA."""
+    lazy = device.type == "hpu" and os.environ.get("PT_HPU_LAZY_MODE") == "1"
+    if args.compile and lazy:
+        raise InputError("--compile does not go with PT_HPU_LAZY_MODE=1, which collects graphs of its own")
+    pays = device.type != "cpu" and not lazy and (args.benchmark or steps > 2000)  # CPU: 3%, after 20 s
+    if pays if args.compile is None else args.compile:
+        for net in nets:
+            net.compile(backend="hpu_backend" if device.type == "hpu" else "inductor")
+    replicas = [DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net for net in nets]
+    step = make_step(*replicas, *optimizers, scaler, args, device, dtype)
+    graph = device.type == "cuda" and world == 1 and dtype != torch.float16 and args.compile is not False
+    return graphed(step) if graph else step
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 def adam_state(optimizer):
@@ -373,6 +413,28 @@ def load_adam_state(optimizer, saved):
                 state["step"] = torch.tensor(float(saved["step"]), device=p.device)
         if group["params"][0].device.type == "hpu":
             group["step"] = saved["step"]
+
+
+def checkpoint(nets, optimizers, scaler, args, step, images):
+    """What checkpoint.pt holds: tensors, on the CPU, and plain values."""
+    return {"format": FORMAT, "images": images, "step": step, "latent": args.latent, "scaler": scaler.state_dict(),
+            **{name: {k: v.cpu() for k, v in net.state_dict().items()} for name, net in zip("GD", nets)},
+            **{name: adam_state(optimizer) for name, optimizer in zip(("opt_G", "opt_D"), optimizers)}}
+
+
+def restore(nets, optimizers, scaler, args):
+    """Load the newest checkpoint of args.out; returns its step and images."""
+    path, saved = load_newest(args.out)
+    try:
+        for name, net in zip("GD", nets):
+            net.load_state_dict(saved[name])
+        for name, optimizer in zip(("opt_G", "opt_D"), optimizers):
+            load_adam_state(optimizer, saved[name])
+        if saved["scaler"]:  # it was fp16
+            scaler.load_state_dict(saved["scaler"])
+        return int(saved["step"]), int(saved["images"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit this network: {str(error).splitlines()[-1].strip()}") from None
 
 
 class Saver:
@@ -429,10 +491,10 @@ def claim(args):
 
 
 class Board:
-    """What people look at: TensorBoard's events and the sample grids. A full disk costs a warning, not the run."""
+    """What people look at: TensorBoard's events, pictures and args.json. A full disk costs a warning, not the run."""
 
     def __init__(self, out, images):
-        self.out, self.writer, self.first = out, None, images + 1  # on --resume, events past the checkpoint are void
+        self.out, self.writer, self.first = Path(out), None, images + 1  # on --resume, events past the checkpoint are void
 
     def write(self, add):
         """Call add(SummaryWriter); after a failure the next call tries again with a new one."""
@@ -445,13 +507,20 @@ class Board:
             print(f"warning: nothing logged at {self.out}: {error}; training goes on", file=sys.stderr)
             self.writer = None
 
+    def start(self, args, **in_force):
+        write_file(self.out / "args.json", (json.dumps({**vars(args), "in_force": in_force}, indent=1) + "\n").encode())
+        plain = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
+        self.write(lambda writer: writer.add_hparams(plain, {}, run_name="."))
+
     def scalars(self, values, images):
         self.write(lambda writer: [writer.add_scalar(name, value, images) for name, value in values.items()])
 
-    def picture(self, name, grid, images):
+    def picture(self, name, batch, images):
+        """A grid of float (N, 3, S, S) in [-1, 1], for TensorBoard and as samples/<images>.png or samples/<name>.png."""
         def add(writer):
+            grid = make_grid(batch.cpu(), normalize=True, value_range=(-1, 1))
             writer.add_image(name, grid, images)
-            save_image(grid, Path(self.out, "samples", f"{images:09d}.png" if name == "samples" else f"{name}.png"))
+            save_image(grid, self.out / "samples" / (f"{images:09d}.png" if name == "samples" else f"{name}.png"))
         self.write(add)
 
 
@@ -462,8 +531,9 @@ def average_buffers(nets, world):
         buffer /= world
 
 
-def seed_noise(seed, device):
-    """Seed what the step draws on the device. Done for every step, from its number: a resumed run needs no other state."""
+def seed_noise(seed, rank, step, device):
+    """Seed what the step draws on the device, for every step from its number: a resumed run needs no other state."""
+    seed = int(np.random.SeedSequence((seed, rank, step)).generate_state(1)[0])
     torch.manual_seed(seed)
     if device.type == "hpu":
         getattr(torch.hpu, "random", torch.hpu).manual_seed_all(seed)
@@ -495,105 +565,84 @@ def benchmark_table(args, device_name, world, precision, images_s, waiting):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (row, ["---"] * len(row), row.values()))
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, local = (int(os.environ.get(key, alone)) for key, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    chief = rank == 0
-    say = print if chief else lambda *_: None
+def join_processes(device, world):
+    """(barrier, share): torchrun's processes, one a device. share(n) is the largest n of all; both wait without the devices."""
+    if world == 1:
+        return lambda: None, lambda n: n
+    if device.type == "hpu":
+        import habana_frameworks.torch.distributed.hccl  # noqa: F401  makes the backend known
+    dist.init_process_group({"cuda": "nccl", "hpu": "hccl", "cpu": "gloo"}[device.type])
+    hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # preparing a pack takes its time
 
-    # Device and precision. Gaudi's plugin reads the op lists as it loads, so they come first.
-    gaudi = args.device == "hpu" or args.device == "auto" and not torch.cuda.is_available() and bool(find_spec("habana_frameworks"))
-    lists = op_lists(args, gaudi)
-    kept = apply_op_lists(lists, "hpu") if lists and gaudi else None
-    device = choose_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(local)
-        torch.backends.cudnn.benchmark = True
-    precision = args.precision if args.precision != "auto" else best_precision(device)
-    if device.type != "hpu" and (lists := op_lists(args)):
-        precision = "bf16" if precision == "fp32" else precision
-        kept = apply_op_lists(lists, device.type, DTYPES[precision])  # noqa: F841  gone with it would be the lists
-    if device.type == "hpu" and precision == "fp16":
-        raise InputError("--precision fp16 is for GPUs without bf16, and hpu has it: leave the option out")
+    def share(n):
+        dist.all_reduce(n := torch.tensor(n), dist.ReduceOp.MAX, group=hosts)
+        return int(n)
 
-    # Processes: one a device. `hosts` is for what they agree on without waiting for their devices.
-    if world > 1:
-        if device.type == "hpu":
-            import habana_frameworks.torch.distributed.hccl  # noqa: F401
-        dist.init_process_group({"cuda": "nccl", "hpu": "hccl", "cpu": "gloo"}[device.type])
-        hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    barrier = (lambda: dist.barrier(hosts)) if world > 1 else lambda: None
+    return lambda: dist.barrier(hosts), share
 
-    # The pack, the run's folder, the checkpoint to go on from.
-    for turn in (chief, local == 0, True):  # it may be one disk for all, or one a machine: let one rank make the pack there
+
+def find_data(args, rank, local, world, barrier):
+    """The pack to train on, prepared if need be: by rank 0, and by one rank of each machine that does not share its disk."""
+    for turn in (rank == 0, local == 0, True):
         path = prepare_data.find_pack(args.data, args.image_size) if turn else None
         barrier()
     pack = prepare_data.open_pack(path)
     if pack.image_size != args.image_size:
         raise InputError(f"{path} is for images of {pack.image_size} pixels, and this would train at {args.image_size}: "
                          f"choose --image-size {pack.image_size}, or prepare another pack")
-    global_batch, total = args.batch_size * world, args.epochs * len(pack.train)
-    if global_batch > len(pack.train):
+    if args.batch_size * world > len(pack.train):
         raise InputError(f"--batch-size {args.batch_size} × {world} process(es) is more than the {len(pack.train)} images of {path}")
-    lock = claim(args) if chief and not args.benchmark else None  # noqa: F841  held as long as we live
+    return pack
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, local = (int(os.environ.get(key, alone)) for key, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    chief = rank == 0  # the rank that writes and speaks
+    say = functools.partial(print, flush=True) if chief else lambda *_: None
+    device, precision, lists = set_up_device(args, local)
+    barrier, share = join_processes(device, world)
+    pack = find_data(args, rank, local, world, barrier)
+    lock = claim(args) if chief and not args.benchmark else None  # held as long as we live
     barrier()
+
+    # Networks and optimizers, from the seed or from the checkpoint.
     torch.manual_seed(args.seed)
     G = Generator(args.image_size, args.nz, args.ngf, 3, args.kernel_size).apply(init_weights)
     D = Discriminator(args.image_size, args.ndf, 3, args.kernel_size).apply(init_weights)
-    step = images = 0  # done so far; images over all ranks
     layout = torch.contiguous_format if device.type == "hpu" else torch.channels_last  # 1.1×; Gaudi lays tensors out itself
-    G, D = G.to(device, memory_format=layout), D.to(device, memory_format=layout)
-    opt_G, opt_D = make_optimizer(G, args, device), make_optimizer(D, args, device)
+    nets = G, D = [net.to(device, memory_format=layout) for net in (G, D)]
+    optimizers = [make_optimizer(net, args, device) for net in nets]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    if args.resume:
-        path, saved = load_newest(args.out)
-        try:
-            for part, load in (("G", G.load_state_dict), ("D", D.load_state_dict), ("opt_G", functools.partial(load_adam_state, opt_G)),
-                               ("opt_D", functools.partial(load_adam_state, opt_D)), ("scaler", scaler.load_state_dict)):
-                if saved[part]:  # the scaler's is empty unless it was fp16
-                    load(saved[part])
-            step, images = int(saved["step"]), int(saved["images"])
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path} does not fit this network: {str(error).splitlines()[-1].strip()}") from None
+    step, images = restore(nets, optimizers, scaler, args) if args.resume else (0, 0)  # done so far; images of all ranks
+    batch = args.batch_size * world
+    total = -(-args.epochs * len(pack.train) // batch) * batch  # whole steps
+    if args.benchmark:
+        total, args.log_every = images + (10 + args.benchmark) * batch, 10  # the first ten are for warming up
 
-    # The step: compiled where it pays for itself, replicated over the ranks, one graph on CUDA.
-    lazy = device.type == "hpu" and os.environ.get("PT_HPU_LAZY_MODE") == "1"
-    if args.compile and lazy:
-        raise InputError("--compile does not go with PT_HPU_LAZY_MODE=1, which collects graphs of its own")
-    pays = device.type != "cpu" and not lazy and (args.benchmark or total - images > 2000 * global_batch)  # CPU: 3%, after 20 s
-    if args.compile if args.compile is not None else pays:
-        for net in (G, D):
-            net.compile(backend="hpu_backend" if device.type == "hpu" else "inductor")
-    replicas = [DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net for net in (G, D)]
-    train_step = make_step(*replicas, opt_G, opt_D, scaler, args, device, DTYPES[precision])
-    if device.type == "cuda" and world == 1 and precision != "fp16" and args.compile is not False:
-        train_step = graphed(train_step)
+    train_step = set_up_step(nets, optimizers, scaler, args, device, DTYPES[precision], world, (total - images) // batch)
 
     device_name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else getattr(torch, device.type).get_device_name()
     say(f"{args.preset} in {precision} on {world} × {device_name}: {len(pack.train):,} frames of {pack.folder}"
-        + (f", run {args.out} from image {images:,}" if lock else ""))
+        + (f", run {args.out} from image {images:,} of {total:,}" if lock else ""))
     for which, ops in zip(("low precision", "fp32"), lists or ()):
         say(f"ops in {which}: {' '.join(ops)}")
 
-    # What is kept and shown, by rank 0.
+    # What rank 0 keeps and shows.
     board, saver = (Board(args.out, images), Saver(args.out)) if lock else (None, None)
     fixed_z = latents(range(64), args.nz, args.latent).to(device)  # seeds 0-63, as sample.py shows them
 
     def save(wait):
-        saver.save({"format": FORMAT, "images": images, "step": step, "latent": args.latent,
-                    **{name: {k: v.cpu() for k, v in net.state_dict().items()} for name, net in (("G", G), ("D", D))},
-                    "opt_G": adam_state(opt_G), "opt_D": adam_state(opt_D), "scaler": scaler.state_dict()}, wait)
+        saver.save(checkpoint(nets, optimizers, scaler, args, step, images), wait)
 
     def draw():
         with torch.no_grad():
             fake = G.eval().forward(fixed_z)  # forward is the plain one, not the compiled
         G.train()
-        board.picture("samples", make_grid(fake.float().cpu(), normalize=True, value_range=(-1, 1)), images)
+        board.picture("samples", fake, images)
 
     if board:
-        in_force = {"device": device_name, "world": world, "precision": precision, "bf16_ops": lists and lists[0], "fp32_ops": lists and lists[1]}
-        Path(args.out, "args.json").write_text(json.dumps({**vars(args), "in_force": in_force}, indent=1) + "\n")
-        board.write(lambda writer: writer.add_hparams({k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}, {}, run_name="."))
+        board.start(args, device=device_name, world=world, precision=precision, bf16_ops=lists and lists[0], fp32_ops=lists and lists[1])
         if not images:
             save(wait=True)
             if saver.failed:  # better now than after a day
@@ -608,8 +657,6 @@ def main(argv=None):
     if args.profile and board:
         profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1), record_shapes=True,
                                           on_trace_ready=torch.profiler.tensorboard_trace_handler(args.out))
-    if args.benchmark:
-        total, args.log_every = images + (10 + args.benchmark) * global_batch, 10  # the first ten are for warming up
     stream, history, first = batches(pack, args, device, rank, world, images), [], step
     began = since = time.perf_counter()
     waited = waited_since = 0.0
@@ -619,44 +666,39 @@ def main(argv=None):
             with torch.profiler.record_function("waiting for data"):
                 frames = next(stream)
             waited += time.perf_counter() - asked
-            seed_noise(hash((args.seed, rank, step)) % 2 ** 32, device)
+            seed_noise(args.seed, rank, step, device)
             history.append(train_step(frames))
-            step, images = step + 1, images + global_batch
+            step, images = step + 1, images + batch
             if args.profile and board:
                 profiler.step()
-            if world > 1:  # a notice to one is a notice to all
-                flag = torch.tensor(max(notice, default=0))
-                dist.all_reduce(flag, dist.ReduceOp.MAX, group=hosts)
-                notice[:] = [int(flag)] if flag else []
 
-            last = images >= total or bool(notice)
-            sampling, saving = (not args.benchmark and (last or images // every > (images - global_batch) // every)
+            leave = share(max(notice, default=0))  # a notice to one rank is a notice to all
+            last = images >= total or bool(leave)
+            sampling, saving = (not args.benchmark and (last or images // every > (images - batch) // every)
                                 for every in (args.sample_every, args.save_every))
             if not (last or sampling or saving or step % args.log_every == 0):
                 continue
             values = torch.stack(history).tolist()  # the one copy back from the device; it waits for the steps so far
+            now = time.perf_counter()
+            rate, left = len(history) * batch / (now - since), max(0, total - images)
             for at, (loss_D, loss_G, *_) in enumerate(values, step - len(values) + 1):
                 if not math.isfinite(loss_D + loss_G):
                     if saver:
                         saver.join()
-                    sys.exit(f"error: step {at}: Loss_D is {loss_D}, Loss_G {loss_G}. The last checkpoint was before; "
+                    sys.exit(f"error: step {at}: Loss_D is {loss_D}, Loss_G {loss_G}. The last checkpoint is from before; "
                              "--resume from it with a lower --lr or --precision fp32")
-            now = time.perf_counter()
-            rate, left = len(history) * global_batch / (now - since), total - images
-            shown = dict(zip(STATS, values[-1]))
             say("[{}/{}][{}/{}] Loss_D {:.4f} Loss_G {:.4f} D(x) {:.4f} D(G(z)) {:.4f} / {:.4f}  {:,.0f} images/s, {} left".format(
-                -(-images // len(pack.train)), args.epochs, step, step - (-left // global_batch), *values[-1],
-                rate, timedelta(seconds=round(max(0, left) / rate))))
+                min(args.epochs, -(-images // len(pack.train))), args.epochs, step, step - (-left // batch), *values[-1],
+                rate, timedelta(seconds=round(left / rate))))
             if board:
-                shown |= {"images/s": rate, "share of time waiting for data": (waited - waited_since) / (now - since)}
+                shown = dict(zip(STATS, values[-1]), **{"images/s": rate, "share of time waiting for data": (waited - waited_since) / (now - since)})
                 if device.type != "cpu":
                     shown["device memory (GB)"] = getattr(torch, device.type).max_memory_allocated() / 1e9
                 board.scalars(shown, images)
                 if step - len(history) == first:
-                    real = cut_windows(frames, args.image_size, args.mirror)[:64]
-                    board.picture("real", make_grid(real.cpu(), normalize=True, value_range=(-1, 1)), images)
+                    board.picture("real", cut_windows(frames, args.image_size, args.mirror)[:64], images)
             if world > 1 and (sampling or saving):
-                average_buffers((G, D), world)
+                average_buffers(nets, world)
             if board and sampling:
                 draw()
             if board and saving:
@@ -670,19 +712,18 @@ def main(argv=None):
 
     if args.benchmark:
         took = time.perf_counter() - began
-        say(benchmark_table(args, device_name, world, precision, args.benchmark * global_batch / took, waited / took))
+        say(benchmark_table(args, device_name, world, precision, args.benchmark * batch / took, waited / took))
     if board:
         saver.join()
         board.write(lambda writer: writer.close())
         if saver.failed:
             sys.exit(f"error: {saver.failed}")
-        say(f"{args.out} is at image {images:,}; see it with: python sample.py --checkpoint {args.out}")
+        say(f"{args.out} is at image {images:,} of {total:,}; see it with: python sample.py --checkpoint {args.out}")
+    barrier()  # until rank 0 has saved
     if world > 1:
-        barrier()  # until rank 0 has saved
         dist.destroy_process_group()
     if notice:  # the usual end by this signal, for whoever waits for our status
-        signal.signal(notice[0], signal.SIG_DFL)
-        os.kill(os.getpid(), notice[0])
+        raise KeyboardInterrupt(notice[0])
     return G, D
 
 
