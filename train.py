@@ -58,7 +58,7 @@ NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}  # the plugi
 GAUDI_LISTS = {"bf16_ops": "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST", "fp32_ops": "PT_HPU_AUTOCAST_FP32_OPS_LIST"}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEMO = {"epochs": 12, "batch_size": 32}  # without --data and --preset: streets to see within five minutes on two CPU cores
+DEMO = {"epochs": 12, "batch_size": 16}  # without --data and --preset: streets to see within five minutes on two CPU cores
 STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")
 
 
