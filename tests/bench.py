@@ -1,0 +1,231 @@
+"""How fast, as ratios: each line measures both sides one after the other on this machine, and prints a row of Markdown.
+
+    python tests/bench.py            # some minutes; on a machine with nothing else to do
+    python tests/bench.py --quick    # a look, in about a minute: a quarter of the work
+
+Left stands what people do without this project: pytorch/examples' loop, ImageFolder with the write-up's transforms, the
+disk's own rate, PNG encoding alone. Everything is drawn or made up in a temporary folder.
+"""
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import prepare_data
+import train
+from model import Discriminator, Generator, init_weights
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms as T
+from torchvision.datasets import ImageFolder
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+NORMALIZE = [T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)]
+EXAMPLES = T.Compose([T.Resize(64), T.CenterCrop(64), *NORMALIZE])                        # pytorch/examples
+WRITE_UP = T.Compose([T.RandomAffine(0, (0.1, 0.1), (0.8, 1.2)), T.CenterCrop(480), T.Resize(64), *NORMALIZE])  # crops, scales, shifts
+
+
+def row(what, ours, theirs, goal):
+    print(f"| {what} | {ours:,.0f} images/s | {theirs:,.0f} images/s | {ours / theirs:.2f}× | {goal} |", flush=True)
+
+
+def script(name, *words):
+    """Run a script of the project; returns what it printed."""
+    return subprocess.run([sys.executable, ROOT / name, *map(str, words)], check=True, capture_output=True, text=True).stdout
+
+
+def make_photos(folder, n):
+    """n JPEGs of 640×480 as <folder>/<city>/<n>.jpg: 256 drawn streets, and links to them."""
+    for i in range(n):
+        city = list(prepare_data.CITIES)[i % 6]
+        path = folder / city / f"{i:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if i < 256:
+            prepare_data.draw_street("", 0, city, i // 12, i % 12, image_size=192).resize((640, 480)).save(path, quality=90)
+        else:
+            os.link(folder / list(prepare_data.CITIES)[i % 256 % 6] / f"{i % 256:06d}.jpg", path)
+    return folder
+
+
+def loader_rate(photos, transform):
+    """Images/s of an ImageFolder pass (or five seconds of one) with the better of two worker counts."""
+    rates = []
+    for workers in {max(1, CORES // 2), CORES}:
+        loader = iter(DataLoader(ImageFolder(photos, transform), 128, shuffle=True, num_workers=workers))
+        next(loader)  # the workers have started
+        began, images = time.perf_counter(), 0
+        for batch, _ in loader:
+            images += len(batch)
+            if time.perf_counter() - began > 5:
+                break
+        rates.append(images / (time.perf_counter() - began))
+    return max(rates)
+
+
+def plain_loop(photos, steps, device):
+    """Images/s of the usual DCGAN loop: fp32, real and fake backward apart, three .item() a step, ImageFolder's loader."""
+    loader = DataLoader(ImageFolder(photos, EXAMPLES), 128, shuffle=True, num_workers=2, drop_last=True)
+    G, D = Generator().to(device).apply(init_weights), Discriminator().to(device).apply(init_weights)
+    opt_G, opt_D = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (G, D))
+    bce, done, loader = torch.nn.BCEWithLogitsLoss(), 0, iter(loader)
+    for done in range(-2, steps):
+        if done == 0:
+            began = time.perf_counter()
+        real = next(loader)[0].to(device)
+        label = torch.ones(len(real), device=device)
+        D.zero_grad()
+        on_real = D(real)
+        loss_real = bce(on_real, label)
+        loss_real.backward()
+        on_real.mean().item()
+        fake = G(torch.randn(len(real), 100, device=device))
+        on_fake = D(fake.detach())
+        loss_fake = bce(on_fake, label.fill_(0))
+        loss_fake.backward()
+        on_fake.mean().item()
+        opt_D.step()
+        G.zero_grad()
+        on_fake = D(fake)
+        loss_G = bce(on_fake, label.fill_(1))
+        loss_G.backward()
+        on_fake.mean().item()
+        opt_G.step()
+        (loss_real + loss_fake).item(), loss_G.item()  # for the log line
+    return steps * 128 / (time.perf_counter() - began)
+
+
+def trained(pack, steps, *words):
+    """{column: value} of the row that train.py --benchmark prints."""
+    *_, header, _, values = script("train.py", "--benchmark", steps, "--data", pack, *words).splitlines()
+    return dict(zip(header.split(" | "), values.split(" | ")))
+
+
+def images_s(table):
+    return int(table["images/hour"].replace(",", "")) / 3600
+
+
+def cutting_rate(pack, seconds, *words):
+    """Images/s of what feeds the step: frames from the pack, windows cut."""
+    args = train.parse_args(["--data", "", "--batch-size", "128", *words])
+    stream, images = train.batches(prepare_data.open_pack(pack), args, torch.device("cpu"), 0, 1, 0), -256
+    for frames in stream:
+        if images == 0:
+            began = time.perf_counter()
+        train.cut_windows(frames, 64)
+        images += 128
+        if images > 0 and time.perf_counter() - began > seconds:
+            return images / (time.perf_counter() - began)
+
+
+def make_pack(folder, n):
+    """A pack of n frames of noise, quickly."""
+    folder.mkdir()
+    H, W = prepare_data.frame_size(64)
+    noise = np.random.default_rng(0).integers(0, 256, (4096, H, W, 3), np.uint8)
+    for split, count in (("train", n), ("holdout", 0)):
+        array = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.uint8, (count, H, W, 3)) if count else None
+        for i in range(0, count, 4096):
+            array[i:i + 4096] = noise[:count - i]
+        if not count:
+            np.save(folder / f"{split}.npy", np.empty((0, H, W, 3), np.uint8))
+    for name in ("index.csv", "skipped.csv", "preview.png"):
+        (folder / name).touch()
+    info = dict(format=prepare_data.FORMAT, image_size=64, H=H, W=W, counts={"train": {"noise": n}, "holdout": {}},
+                files={name: (folder / name).stat().st_size for name in prepare_data.FILES})
+    (folder / "pack.json").write_text(json.dumps(info))
+    return folder
+
+
+def forget(path):
+    """Drop a file from the page cache, as if memory were too small for it."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def disk_rate(path, seconds):
+    """Bytes/s of 1 MB reads at random places, eight at a time."""
+    fd, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
+    places, began, done = np.random.default_rng(1).permutation(size >> 20), time.perf_counter(), 0
+    with ThreadPoolExecutor(8) as pool:
+        for data in pool.map(lambda place: os.pread(fd, 1 << 20, int(place) << 20), places):
+            done += len(data)
+            if time.perf_counter() - began > seconds:
+                break
+        pool.shutdown(cancel_futures=True)
+    os.close(fd)
+    return done / (time.perf_counter() - began)
+
+
+def encoding_rate(picture_files):
+    """PNGs/s of PIL alone, in as many threads as there are cores, on the pictures that sample.py drew."""
+    pictures = [Image.open(path).convert("RGB") for path in picture_files]
+    with ThreadPoolExecutor(CORES) as pool:
+        began = time.perf_counter()
+        list(pool.map(lambda picture: picture.save(io.BytesIO(), "PNG"), pictures))
+        return len(pictures) / (time.perf_counter() - began)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the work")
+    share = 1 if parser.parse_args().quick else 4
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        photos = make_photos(folder / "photos", 3000 * share)
+        print(f"{torch.cuda.get_device_name() if device == 'cuda' else f'{CORES} CPU cores'}, torch {torch.__version__}\n")
+        print("| what | here | the usual way | ratio | goal |\n|---|---|---|---|---|")
+
+        began = time.perf_counter()
+        script("prepare_data.py", photos, folder / "pack", "--duplicates", 0, "--holdout", 0)
+        packing, loading = len(list(photos.glob("*/*"))) / (time.perf_counter() - began), loader_rate(photos, WRITE_UP)
+        row("prepare_data.py, 640×480 JPEGs, all cores; ImageFolder pass", packing, loading, "2.5×")
+        cutting = cutting_rate(folder / "pack", share)
+        row("batches from a pack in memory; ImageFolder pass", cutting, loading, "20×")
+
+        pack = make_pack(folder / "large", 20_000 * share)
+        forget(pack / "train.npy")
+        streaming = cutting_rate(pack, share, "--stream")
+        forget(pack / "train.npy")
+        disk = disk_rate(pack / "train.npy", share) / np.prod(prepare_data.frame_size(64)) / 3
+        row(f"batches from a pack on disk, page cache empty; the slower of the disk ({disk:,.0f}) and the same from memory",
+            streaming, min(disk, cutting), "0.8×")
+
+        steps = 5 * share if device == "cpu" else 100 * share
+        table = trained(folder / "pack", steps, "--preset", "naive-64")
+        row(f"train.py, naive-64, batch 128, {table['precision']}; pytorch/examples' loop", images_s(table), plain_loop(photos, 5 * share, device),
+            "2.2×" if device == "cpu" else "6×")
+
+        torch.save(Generator().apply(init_weights).state_dict(), folder / "netG.pth")
+        n = 1000 * share if device == "cpu" else 10_000 * share
+        words = "--checkpoint", folder / "netG.pth", "--separate", "--out", folder / "fakes"
+        began = time.perf_counter()
+        script("sample.py", *words, "--n", 64)
+        start_up = time.perf_counter() - began
+        script("sample.py", *words, "--n", n)
+        drawing = n / (time.perf_counter() - began - 2 * start_up)
+        row("sample.py --separate; PNG encoding alone, all cores", drawing, encoding_rate(sorted((folder / "fakes").iterdir())), "0.8×")
+
+        if device == "cuda":
+            table = trained(folder / "pack", 200, "--preset", "clamp-64", "--batch-size", 1024, "--precision", "bf16")
+            print(f"| clamp-64, batch 1024, bf16 | {table['TFLOP/s']} TFLOP/s | | {table['of the peak |']} of the peak | 35% |")
+            table = trained(make_pack(folder / "million", 1_000_000), 200, "--preset", "naive-64")
+            print(f"| waiting for data, 1 M frames resident | {table['waiting for data']} | | | under 2% |")
+
+
+if __name__ == "__main__":
+    main()
