@@ -30,7 +30,7 @@ def slerp(a, b, t):
 
 
 def loop(z, frames, latent):
-    """Through the K latents z (K, nz) and back to the first, `frames` steps for each leg: (K · frames, nz), no frame twice."""
+    """Through the latents z (K, nz) and back to the first, `frames` steps a leg: (K · frames, nz), no frame twice."""
     between = slerp if latent == "normal" else torch.lerp
     return torch.stack([between(a, b, i / frames) for a, b in zip(z, z.roll(-1, 0)) for i in range(frames)])
 
@@ -46,10 +46,10 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, help="a run's folder or a file with a generator (default: the newest run in runs/)")
-    add("--seeds", type=seed_list, help="the latents to pass through, as 0-5,100, dealt out evenly to the scenes (default: six a scene)")
+    add("--seeds", type=seed_list, help="latents to pass through, as 0-5,100, dealt out to the scenes (default: six a scene)")
     add("--frames", type=number(int, 1, 1000), help="from one latent to the next (default: 25, and 4 in a .png)")
     add("--fps", type=number(int, 1, 50), default=25, help="frames a second (default: 25)")
-    add("--grid", type=grid_size, default=(1, 1), help="columns and rows of scenes, as 3x1; in a .png each is a row (default: 1x1)")
+    add("--grid", type=grid_size, default=(1, 1), help="columns and rows of scenes (default: 1x1); in a .png each is a row")
     add("--scale", type=number(int, 1, 8), default=1, help="enlarge so many times (default: 1)")
     add("--out", type=Path, default=Path("scene.gif"), help="a .gif, .webp, or .png for a strip (default: scene.gif)")
     add("--device", choices=("auto", "cuda", "hpu", "cpu"), default="auto")
@@ -81,8 +81,9 @@ def main():
         frames = [make_grid(scenes, columns, padding=2 if columns * rows > 1 else 0) for scenes in pictures.unbind(1)]
     first, *others = (Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames)
     ticks = [round(100 * i / args.fps) for i in range(len(frames) + 1)]  # a GIF counts hundredths of a second
-    several = dict(save_all=True, append_images=others, loop=0, duration=[10 * (b - a) for a, b in zip(ticks, ticks[1:])]) if others else {}
-    first.save(data := io.BytesIO(), args.out.suffix[1:], **several)
+    durations = [10 * (b - a) for a, b in zip(ticks, ticks[1:])]
+    moving = dict(save_all=True, append_images=others, loop=0, duration=durations) if others else {}
+    first.save(data := io.BytesIO(), args.out.suffix[1:], **moving)
     replaced = " (replaced)" if args.out.exists() else ""
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_file(args.out, data.getbuffer())

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # A preset pins networks, latent distribution, batch, optimizer and instance noise; a flag on the command line wins over it.
-# batch_size counts the images of one process, beta1 is Adam's, instance_noise the std of Gaussian noise on D's input in [-1, 1].
+# batch_size counts the images of one process, beta1 is Adam's, instance_noise the std of Gaussian noise on D's input.
 NAIVE = dict(image_size=64, kernel_size=4, nz=100, ngf=64, ndf=64, latent="normal",
              batch_size=128, lr=2e-4, beta1=0.5, weight_decay=0.0, instance_noise=0.0)
 PRESETS = {

@@ -82,7 +82,7 @@ def save_separately(G, latent, args):
             replaced += sum(task.result() for task in under_way)
         finally:
             pool.shutdown(cancel_futures=True)
-    print(f"{args.out}: {len(args.seeds)} pictures" + (f", {replaced} of them in place of files that were there" if replaced else ""))
+    print(f"{args.out}: {len(args.seeds)} pictures" + (f" ({replaced} replaced)" if replaced else ""))
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -118,10 +118,11 @@ def print_score(G, latent, args):
     if pack.image_size != G.image_size:
         raise InputError(f"{args.score} is for images of {pack.image_size} pixels, and the generator makes {G.image_size}")
     N = min(len(pack.train), len(pack.holdout), 2048)
-    if N < 100:
-        raise InputError(f"{args.score} holds out {len(pack.holdout)} frames of {len(pack.train)}: a score needs 100 of each")
+    if N < 50:
+        raise InputError(f"{args.score} has {len(pack.train)} frames and {len(pack.holdout)} held out: a score needs 50 of each")
     torch.manual_seed(0)
-    train, held = (cut_windows(torch.from_numpy(frames[:N].copy()), pack.image_size) for frames in (pack.train, pack.holdout))
+    train, held = (cut_windows(torch.from_numpy(frames[:N].copy()), pack.image_size)
+                   for frames in (pack.train, pack.holdout))
     fake = render(G, latents(range(N), G.nz, latent)) / 127.5 - 1
     print(f"sliced Wasserstein distance from {N} held-out images (×1000, smaller is closer): "
           f"generated {distance(fake, held):.1f}, real ones of the training set {distance(train, held):.1f}")
