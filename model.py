@@ -184,6 +184,8 @@ def render(G, z, scale=1, batch_size=64):
 
     In batches of one size, the last filled up, so that a latent gives the same picture in any company. G is in eval mode.
     """
+    if (size := len(z) * 3 * (G.image_size * scale) ** 2) > 2 ** 32:
+        raise InputError(f"{len(z):,} pictures at once would take {size / 2 ** 30:.1f} GB: ask for fewer or smaller ones")
     device, pictures = next(G.parameters()).device, []
     for part in z.split(batch_size):
         images = G(torch.cat([part, part.new_zeros(batch_size - len(part), G.nz)]).to(device))
