@@ -36,7 +36,7 @@ except ImportError:  # Windows: nothing keeps two runs apart there
 
 import numpy as np
 
-from model import (FORMAT, PRESETS, Discriminator, Generator, InputError, Parser, choose_device, cut_windows, init_weights,
+from model import (FORMAT, NAIVE, PRESETS, Discriminator, Generator, InputError, Parser, choose_device, cut_windows, init_weights,
                    latents, load_newest, number, run, write_file)  # before torch: it says when Gaudi's plugin loads
 
 import torch
@@ -84,7 +84,8 @@ def parse_args(argv=None):
     option("--seed", 0, "of weights, order and noise", type=number(int, 0, 2 ** 32))
     option("--mirror", False, "flip half of the images left to right", action="store_true")
     option("--precision", "auto", "auto: bf16 where the device is fast at it", choices=("auto", "fp32", "bf16", "fp16"))
-    option("--bf16-ops", None, "ops to run in bf16 (fp16): a file, names, or changes: +relu,-tanh", "--hmp-bf16", metavar="OPS")
+    option("--bf16-ops", None, "ops to run in bf16 (fp16): a file, names, or changes as +relu,-tanh", "--hmp-bf16",
+           metavar="OPS")
     option("--fp32-ops", None, "ops to run in fp32, likewise", "--hmp-fp32", metavar="OPS")
     option("--compile", None, "torch.compile (default: where it pays)", action=argparse.BooleanOptionalAction)
     option("--stream", False, "read the pack as it goes, though it would fit on the device", action="store_true")
@@ -92,7 +93,8 @@ def parse_args(argv=None):
     option("--sample-every", 20_000, "images between sample grids", type=many)
     option("--log-every", 50, "steps between log lines; steps between copy nothing back", type=many)
     option("--profile", False, "write a torch.profiler trace of some steps for TensorBoard", action="store_true")
-    option("--benchmark", None, "measure so many steps, train and save nothing", nargs="?", const=100, type=many, metavar="STEPS")
+    option("--benchmark", None, "measure so many steps, train and save nothing", nargs="?", const=100, type=many,
+           metavar="STEPS")
     option("--price", None, "dollars an hour, for --benchmark", type=number(float, 0))
     option("--peak-tflops", None, "the device's matrix rate, for --benchmark", type=number(float, 0))
     for flag, help, kwargs in (
@@ -120,7 +122,7 @@ def parse_args(argv=None):
     if resume:
         try:
             saved = json.loads((out / "args.json").read_text())
-            saved = {key: saved[key] for key in {*defaults, *PRESETS["naive-64"]} - {"out", "resume", "profile", "benchmark"}}
+            saved = {key: saved[key] for key in {*defaults, *NAIVE} - {"out", "resume", "profile", "benchmark"}}
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"--resume: no run in {out}: name one with --out, or start one without --resume") from None
     preset = PRESETS[given.get("preset") or saved.get("preset", defaults["preset"])]
@@ -213,7 +215,8 @@ def best_precision(device):
 
 def set_up_device(args, local):
     """(torch.device, 'fp32' | 'bf16' | 'fp16', op lists or None). On hpu the lists come first, then the plugin."""
-    gaudi = args.device == "hpu" or args.device == "auto" and not torch.cuda.is_available() and bool(find_spec("habana_frameworks"))
+    plugin = args.device == "auto" and not torch.cuda.is_available() and find_spec("habana_frameworks")
+    gaudi = args.device == "hpu" or bool(plugin)
     lists = op_lists(args, gaudi)
     if lists and gaudi:
         apply_op_lists(lists, "hpu")
@@ -265,7 +268,8 @@ def batches(pack, args, device, rank, world, start):
     n = -(-len(pack.train) // world)
     first = min(rank * n, len(pack.train) - n)  # the last slice overlaps its neighbour by less than a frame a rank
     frames = pack.train[first:first + n]
-    free = {"cuda": lambda: torch.cuda.mem_get_info()[0], "cpu": lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    free = {"cuda": lambda: torch.cuda.mem_get_info()[0],
+            "cpu": lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             "hpu": lambda: getattr(torch.hpu, "mem_get_info", lambda: [16 * 2 ** 30])()[0]}[device.type]()
     rows = functools.partial(row_batches, n, frames[0].nbytes, args.batch_size, (args.seed, rank), start // world)
     with warnings.catch_warnings():
@@ -313,9 +317,10 @@ def make_optimizer(net, args, device):
 def make_step(G, D, opt_G, opt_D, scaler, args, device, dtype):
     """step(uint8 frames (N, H, W, 3)) → float32 (5,) on the device, as STATS names it: one update of D, then one of G."""
     bce = F.binary_cross_entropy_with_logits
-    cut_graph = lambda: None  # noqa: E731  on hpu, lazy mode hands the ops collected so far to the card here; eager mode ignores it
-    if device.type == "hpu":
+    if device.type == "hpu":  # in lazy mode the ops collected so far go to the card here; eager mode ignores it
         from habana_frameworks.torch.core import mark_step as cut_graph
+    else:
+        def cut_graph(): pass
 
     def autocast():  # one a forward pass: it caches weights in bf16, which an optimizer's step makes stale
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -397,7 +402,7 @@ def set_up_step(nets, optimizers, scaler, args, device, dtype, world, steps):
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 def adam_state(optimizer):
-    """Step count and moments, the same for torch's AdamW, which counts per parameter, and Gaudi's, which counts per group."""
+    """Step count and moments, the same for torch's AdamW, which counts by parameter, and Gaudi's, which counts by group."""
     group, states = optimizer.param_groups[0], [optimizer.state.get(p, {}) for p in optimizer.param_groups[0]["params"]]
     count = group.get("step") or states[0].get("step", 0)
     return {"step": int(count), **{key: [s[key].cpu() for s in states if s] for key in ("exp_avg", "exp_avg_sq")}}
@@ -444,13 +449,17 @@ class Saver:
         self.out, self.thread, self.failed = Path(out), None, None
 
     def save(self, content, wait=False):
-        """Snapshot now, write behind: checkpoint.pt, the one before it, and generator-<images>.pt. A failure is a warning."""
+        """Snapshot now, write behind: checkpoint.pt, keeping the one before, and generator-<images>.pt.
+
+        What the disk refuses is a warning. With `wait` it is all there, or refused, on return.
+        """
         if self.thread and self.thread.is_alive() and not wait:
             print("warning: the disk is still writing the last checkpoint; this one is left out", file=sys.stderr)
             return
         self.join()
         images = content["images"]
-        files = {f"generator-{images:09d}.pt": {k: content[k] for k in ("format", "images", "latent", "G")}, "checkpoint.pt": content}
+        files = {f"generator-{images:09d}.pt": {k: content[k] for k in ("format", "images", "latent", "G")},
+                 "checkpoint.pt": content}
         snapshot = {}
         for name, data in files.items():
             torch.save(data, buffer := io.BytesIO())
@@ -463,7 +472,8 @@ class Saver:
     def write(self, snapshot):
         try:
             for name, data in snapshot.items():
-                write_file(self.out / name, data, previous=self.out / "checkpoint-previous.pt" if name == "checkpoint.pt" else None)
+                previous = self.out / "checkpoint-previous.pt" if name == "checkpoint.pt" else None
+                write_file(self.out / name, data, previous=previous)
             self.failed = None
         except OSError as error:
             self.failed = f"no checkpoint at {self.out}: {error.strerror or error}"
@@ -566,7 +576,7 @@ def benchmark_table(args, device_name, world, precision, images_s, waiting):
 
 
 def join_processes(device, world):
-    """(barrier, share): torchrun's processes, one a device. share(n) is the largest n of all; both wait without the devices."""
+    """(barrier, share) of torchrun's processes, one a device; share(n) is the largest n of all. Neither needs the devices."""
     if world == 1:
         return lambda: None, lambda n: n
     if device.type == "hpu":
@@ -591,14 +601,15 @@ def find_data(args, rank, local, world, barrier):
         raise InputError(f"{path} is for images of {pack.image_size} pixels, and this would train at {args.image_size}: "
                          f"choose --image-size {pack.image_size}, or prepare another pack")
     if args.batch_size * world > len(pack.train):
-        raise InputError(f"--batch-size {args.batch_size} × {world} process(es) is more than the {len(pack.train)} images of {path}")
+        raise InputError(f"--batch-size {args.batch_size} × {world} process(es) is more than the {len(pack.train)} images "
+                         f"of {path}")
     return pack
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, local = (int(os.environ.get(key, alone)) for key, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    chief = rank == 0  # the rank that writes and speaks
+    rank, local = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))  # from torchrun
+    world, chief = int(os.environ.get("WORLD_SIZE", 1)), rank == 0  # the chief is who writes and speaks
     say = functools.partial(print, flush=True) if chief else lambda *_: None
     device, precision, lists = set_up_device(args, local)
     barrier, share = join_processes(device, world)
@@ -622,7 +633,8 @@ def main(argv=None):
 
     train_step = set_up_step(nets, optimizers, scaler, args, device, DTYPES[precision], world, (total - images) // batch)
 
-    device_name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else getattr(torch, device.type).get_device_name()
+    card = getattr(torch, device.type)  # torch.cuda, torch.hpu, torch.cpu
+    device_name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else card.get_device_name()
     say(f"{args.preset} in {precision} on {world} × {device_name}: {len(pack.train):,} frames of {pack.folder}"
         + (f", run {args.out} from image {images:,} of {total:,}" if lock else ""))
     for which, ops in zip(("low precision", "fp32"), lists or ()):
@@ -642,7 +654,8 @@ def main(argv=None):
         board.picture("samples", fake, images)
 
     if board:
-        board.start(args, device=device_name, world=world, precision=precision, bf16_ops=lists and lists[0], fp32_ops=lists and lists[1])
+        board.start(args, device=device_name, world=world, precision=precision,
+                    bf16_ops=lists and lists[0], fp32_ops=lists and lists[1])
         if not images:
             save(wait=True)
             if saver.failed:  # better now than after a day
@@ -655,8 +668,9 @@ def main(argv=None):
         signal.signal(signum, lambda signum, frame: notice.append(signum))
     profiler = nullcontext()
     if args.profile and board:
-        profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1), record_shapes=True,
-                                          on_trace_ready=torch.profiler.tensorboard_trace_handler(args.out))
+        profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1),
+                                          on_trace_ready=torch.profiler.tensorboard_trace_handler(args.out),
+                                          record_shapes=True)
     stream, history, first = batches(pack, args, device, rank, world, images), [], step
     began = since = time.perf_counter()
     waited = waited_since = 0.0
@@ -687,13 +701,15 @@ def main(argv=None):
                         saver.join()
                     sys.exit(f"error: step {at}: Loss_D is {loss_D}, Loss_G {loss_G}. The last checkpoint is from before; "
                              "--resume from it with a lower --lr or --precision fp32")
-            say("[{}/{}][{}/{}] Loss_D {:.4f} Loss_G {:.4f} D(x) {:.4f} D(G(z)) {:.4f} / {:.4f}  {:,.0f} images/s, {} left".format(
-                min(args.epochs, -(-images // len(pack.train))), args.epochs, step, step - (-left // batch), *values[-1],
-                rate, timedelta(seconds=round(left / rate))))
+            epoch, steps = min(args.epochs, -(-images // len(pack.train))), step - (-left // batch)
+            say("[{}/{}][{}/{}] Loss_D {:.4f} Loss_G {:.4f} D(x) {:.4f} D(G(z)) {:.4f} / {:.4f}".format(
+                epoch, args.epochs, step, steps, *values[-1]),
+                f" {rate:,.0f} images/s, {timedelta(seconds=round(left / rate))} left")
             if board:
-                shown = dict(zip(STATS, values[-1]), **{"images/s": rate, "share of time waiting for data": (waited - waited_since) / (now - since)})
+                shown = {**dict(zip(STATS, values[-1])), "images/s": rate,
+                         "share of time waiting for data": (waited - waited_since) / (now - since)}
                 if device.type != "cpu":
-                    shown["device memory (GB)"] = getattr(torch, device.type).max_memory_allocated() / 1e9
+                    shown["device memory (GB)"] = card.max_memory_allocated() / 1e9
                 board.scalars(shown, images)
                 if step - len(history) == first:
                     board.picture("real", cut_windows(frames, args.image_size, args.mirror)[:64], images)
