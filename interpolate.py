@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from model import (InputError, Parser, choose_device, latents, load_generator, number, render, run, seed_list,
-                   write_file)  # before torch: it says when Gaudi's plugin loads
+                   write_file)  # before torch: it loads Gaudi's plugin
 
 import torch
 from PIL import Image

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from model import (InputError, Parser, choose_device, cut_windows, latents, load_generator, number, render, run, seed_list,
-                   write_file)  # before torch: it says when Gaudi's plugin loads
+                   write_file)  # before torch: it loads Gaudi's plugin
 
 import torch
 import torch.nn.functional as F
