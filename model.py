@@ -63,6 +63,11 @@ def run(main, *errors):
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except OSError as error:  # no such folder, no permission, no room on the disk
         sys.exit(print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr) or 2)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        sys.exit(print("error: this takes more memory than there is: choose smaller networks, a smaller batch or fewer pictures",
+                       file=sys.stderr) or 2)
 
 
 # ---- the networks ---------------------------------------------------------------------------------------------------
@@ -248,8 +253,8 @@ def load_file(path):
         raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no checkpoint but a {type(content).__name__}")
-    if content.get("format", FORMAT) != FORMAT:
-        raise InputError(f"{path} has format {content['format']}, and this code reads {FORMAT}")
+    if (version := str(content.get("format", FORMAT))) != str(FORMAT):
+        raise InputError(f"{path} has format {version[:20]}, and this code reads {FORMAT}")
     return content
 
 

@@ -64,6 +64,24 @@ STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
+def launch():
+    """What tells one start of torchrun from another, and is the same after its restarts."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+
+
+def read_back(parser, saved, defaults, path):
+    """Arguments from args.json, checked as if they were typed: someone may have edited it."""
+    untouched = {key: defaults[key] for key, value in saved.items() if key in defaults and value == defaults[key]}
+    words = []
+    for key in saved.keys() - untouched.keys():
+        flag, value = key.replace("_", "-"), saved[key]
+        words += [f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag}={value}"]
+    try:
+        return {**untouched, **vars(parser.parse_args(words))}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
 def parse_args(argv=None):
     """argparse.Namespace of everything in force: the command line over the resumed run's over the preset's over defaults."""
     share, many = number(float, 0, 1), number(int, 1)
@@ -80,7 +98,7 @@ def parse_args(argv=None):
     option("--out", None, "the run's folder (default: runs/<preset>)")
     option("--resume", False, "go on from the newest sound checkpoint in --out", action="store_true")
     option("--device", "auto", "where to train", choices=("auto", "cuda", "hpu", "cpu"))
-    option("--epochs", 25, "times that every frame is seen", type=many)
+    option("--epochs", 25, "times that every frame is seen", type=number(int, 1, 10 ** 6))
     option("--seed", 0, "of weights, order and noise", type=number(int, 0, 2 ** 32))
     option("--mirror", False, "flip half of the images left to right", action="store_true")
     option("--precision", "auto", "auto: bf16 where the device is fast at it", choices=("auto", "fp32", "bf16", "fp16"))
@@ -105,7 +123,7 @@ def parse_args(argv=None):
             ("--ndf", "D's feature maps", dict(type=number(int, 1, 4096))),
             ("--latent", "its distribution", dict(choices=("normal", "uniform"))),
             ("--batch-size", "images a step and process", dict(type=number(int, 2, 65536))),
-            ("--lr", "learning rate", dict(type=number(float, 0, 1))),
+            ("--lr", "learning rate", dict(type=number(float, 1e-9, 1))),
             ("--beta1", "Adam's", dict(type=number(float, 0, 0.9999))),
             ("--weight-decay", "AdamW's", dict(type=share)),
             ("--instance-noise", "std of the noise on D's input", dict(type=share))):
@@ -117,14 +135,17 @@ def parse_args(argv=None):
             argv[i:i + 2] = [f"{word}={argv[i + 1]}"]
     given = vars(parser.parse_args(argv))
     out = Path(given.get("out") or f"runs/{given.get('preset', defaults['preset'])}")
-    resume = given.get("resume") or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and out.exists()
-    saved = {}
-    if resume:
+    resume, saved = given.get("resume", False), {}
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (out / "args.json").exists()
+    if resume or restarted:
         try:
-            saved = json.loads((out / "args.json").read_text())
-            saved = {key: saved[key] for key in {*defaults, *NAIVE} - {"out", "resume", "profile", "benchmark"}}
+            content = json.loads((out / "args.json").read_text())
+            saved = {key: content[key] for key in {*defaults, *NAIVE} - {"out", "resume", "profile", "benchmark"}}
+            restarted = restarted and content["in_force"]["launch"] == launch()
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"--resume: no run in {out}: name one with --out, or start one without --resume") from None
+        resume = resume or restarted  # torchrun goes on with a run that it started, and with no other
+        saved = read_back(parser, saved, defaults, out / "args.json") if resume else {}
     preset = PRESETS[given.get("preset") or saved.get("preset", defaults["preset"])]
     demo = {} if {"data", "preset", "benchmark"} & {*given} else DEMO
     return argparse.Namespace(**{**defaults, **preset, **demo, **saved, **given, "out": str(out), "resume": bool(resume)})
@@ -428,7 +449,9 @@ def checkpoint(nets, optimizers, scaler, args, step, images):
 
 
 def restore(nets, optimizers, scaler, args):
-    """Load the newest checkpoint of args.out; returns its step and images."""
+    """Load the newest checkpoint of args.out; returns its step and images: 0 if it was killed before its first save."""
+    if not any(Path(args.out).glob("checkpoint*.pt")):
+        return 0, 0
     path, saved = load_newest(args.out)
     try:
         for name, net in zip("GD", nets):
@@ -489,7 +512,8 @@ class Saver:
 def claim(args):
     """Make the run's folder, or refuse it: an earlier run's, or one in training. Returns the lock, to be kept."""
     out = Path(args.out)
-    if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    ours = {".lock", "samples", "args.json.tmp"}  # what a run leaves that is killed at once
+    if not args.resume and out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - ours):
         raise InputError(f"{out} is there already: --resume goes on with it, --out names another folder")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "w")
@@ -497,6 +521,10 @@ def claim(args):
         fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{out} is being trained by another process: wait for it, or name another --out") from None
+    if args.resume and any(out.glob("checkpoint*.pt")):
+        sound, newest = load_newest(out)[0], out / "checkpoint.pt"
+        if sound != newest and newest.exists():  # else the next save would put it in the sound one's place
+            os.replace(newest, out / "damaged.pt")
     return lock
 
 
@@ -505,6 +533,8 @@ class Board:
 
     def __init__(self, out, images):
         self.out, self.writer, self.first = Path(out), None, images + 1  # on --resume, events past the checkpoint are void
+        threading.excepthook = lambda args: (  # a full disk ends the writer's thread, and our next call to it says so
+            issubclass(args.exc_type, OSError) or threading.__excepthook__(args))
 
     def write(self, add):
         """Call add(SummaryWriter); after a failure the next call tries again with a new one."""
@@ -581,7 +611,12 @@ def join_processes(device, world):
         return lambda: None, lambda n: n
     if device.type == "hpu":
         import habana_frameworks.torch.distributed.hccl  # noqa: F401  makes the backend known
-    dist.init_process_group({"cuda": "nccl", "hpu": "hccl", "cpu": "gloo"}[device.type])
+    # torchrun's store outlives a restart, and what the dead wrote into it would mislead the living. (On several machines
+    # the counts may differ.)
+    store, rank, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group({"cuda": "nccl", "hpu": "hccl", "cpu": "gloo"}[device.type], store=store, rank=rank, world_size=world)
     hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # preparing a pack takes its time
 
     def share(n):
@@ -647,6 +682,12 @@ def main(argv=None):
     def save(wait):
         saver.save(checkpoint(nets, optimizers, scaler, args, step, images), wait)
 
+    def give_up(at, problem):
+        if saver:
+            saver.join()
+        sys.exit(f"error: step {at}: {problem}. The last checkpoint is from before; --resume from it with a lower --lr "
+                 "or --precision fp32")
+
     def draw():
         with torch.no_grad():
             fake = G.eval().forward(fixed_z)  # forward is the plain one, not the compiled
@@ -654,7 +695,7 @@ def main(argv=None):
         board.picture("samples", fake, images)
 
     if board:
-        board.start(args, device=device_name, world=world, precision=precision,
+        board.start(args, launch=launch(), device=device_name, world=world, precision=precision,
                     bf16_ops=lists and lists[0], fp32_ops=lists and lists[1])
         if not images:
             save(wait=True)
@@ -697,10 +738,9 @@ def main(argv=None):
             rate, left = len(history) * batch / (now - since), max(0, total - images)
             for at, (loss_D, loss_G, *_) in enumerate(values, step - len(values) + 1):
                 if not math.isfinite(loss_D + loss_G):
-                    if saver:
-                        saver.join()
-                    sys.exit(f"error: step {at}: Loss_D is {loss_D}, Loss_G {loss_G}. The last checkpoint is from before; "
-                             "--resume from it with a lower --lr or --precision fp32")
+                    give_up(at, f"Loss_D is {loss_D}, Loss_G {loss_G}")
+            if saving and not all(t.isfinite().all() for net in nets for t in net.state_dict().values()):
+                give_up(step, "a weight is infinite or no number")  # its loss would be, one step later
             epoch, steps = min(args.epochs, -(-images // len(pack.train))), step - (-left // batch)
             say("[{}/{}][{}/{}] Loss_D {:.4f} Loss_G {:.4f} D(x) {:.4f} D(G(z)) {:.4f} / {:.4f}".format(
                 epoch, args.epochs, step, steps, *values[-1]),

@@ -1,0 +1,621 @@
+"""Training is trusted for a week: whatever is killed, cut, full, foreign or mistyped, the run goes on or says why not."""
+import json
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, TINY, command, run
+
+sys.path.insert(0, str(ROOT))
+
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import model
+import prepare_data
+import train
+
+LOSSES = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")
+RUN = [*TINY, "--device", "cpu", "--epochs", 20, "--log-every", 1, "--save-every", 32, "--sample-every", 640]  # some 180 steps
+
+
+class Training:
+    """A script under way: read what it says, send it signals. Whatever a test leaves behind is killed."""
+
+    def __init__(self, *words, argv=None, **kwargs):
+        self.process = subprocess.Popen(argv or command("train.py", *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        text=True, errors="replace", start_new_session=True, **kwargs)
+        self.text, self.watchdog = "", threading.Timer(240, self.kill)  # a hang is a failure, no hang of the tests
+        self.watchdog.start()
+
+    def until(self, pattern):
+        """Read on to a line that matches; returns the match."""
+        for line in self.process.stdout:
+            self.text += line
+            if match := re.search(pattern, line):
+                return match
+        raise AssertionError(f"'{pattern}' never came, status {self.process.wait()}:\n{self.text[-3000:]}")
+
+    def end(self):
+        """Wait for the end; returns the status."""
+        self.text += self.process.stdout.read()
+        return self.process.wait()
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL) if self.process.poll() is None else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.watchdog.cancel()
+        self.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def content(file):
+    return torch.load(file, weights_only=True)
+
+
+def same(a, b):
+    """Bit for bit: nested dicts and lists of tensors and values."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def scalars(out):
+    """What TensorBoard shows of a run: {name: [(images, value), …]}."""
+    board = EventAccumulator(str(out)).Reload()
+    return {name: [(event.step, event.value) for event in board.Scalars(name)] for name in LOSSES}
+
+
+def assert_same_run(out, other):
+    """The same weights, optimizer state and logged losses, and nothing that a kill left half written."""
+    a, b = (content(folder / "checkpoint.pt") for folder in (out, other))
+    assert [key for key in a if not same(a[key], b[key])] == []
+    assert scalars(out) == scalars(other)
+    assert {p.name for p in (out / "samples").iterdir()} >= {p.name for p in (other / "samples").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def straight(pack, tmp_path_factory):
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("runs") / "straight run"
+    done = run("train.py", *RUN, "--data", pack, "--out", out)
+    return out, done.stdout
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+def test_a_run_learns_and_says_how_it_goes(straight, pack):
+    out, text = straight
+    lines = re.findall(r"^\[(\d+)/20\]\[(\d+)/(\d+)\] Loss_D [\d.]+ Loss_G [\d.]+ D\(x\) ([\d.]+) D\(G\(z\)\) ([\d.]+) / ([\d.]+)  "
+                       r"[\d,]+ images/s, \d+:\d\d:\d\d left$", text, re.M)
+    steps = math.ceil(20 * len(prepare_data.open_pack(pack).train) / 16)
+    assert [(int(step), int(of)) for _, step, of, *_ in lines] == [(i, steps) for i in range(1, steps + 1)]
+    assert [int(epoch) for epoch, *_ in lines] == sorted(int(epoch) for epoch, *_ in lines) and lines[-1][0] == "20"
+    first, last = ([float(x) for x in lines[i][3:]] for i in (0, -1))
+    assert all(0.4 < x < 0.6 for x in first), "D knows nothing yet"
+    assert last[0] > 0.65 and last[2] < 0.35, "D tells real from fake"
+    grids = sorted(p for p in (out / "samples").iterdir() if p.stem.isdigit())
+    before, after = (np.asarray(Image.open(grid), np.float32)[2:34, 2:34] for grid in (grids[0], grids[-1]))  # the first picture
+    assert after.std() > 2 * before.std() and after.std() > 4, "the grid is not grey"
+    assert str(out) in text.splitlines()[-1]
+
+
+def test_tensorboard_shows_what_the_readme_says(straight):
+    out, _ = straight
+    board = EventAccumulator(str(out), {"images": 0}).Reload()
+    assert {*LOSSES, "images/s", "share of time waiting for data"} <= set(board.Tags()["scalars"])
+    assert len(board.Images("real")) == 1 and len(board.Images("samples")) > 3
+    assert "hparams" in board.summary_metadata or any("hparams" in tag for tag in board.summary_metadata)
+    assert all(event.step % 16 == 0 for event in board.Scalars("Loss_D"))
+
+
+def test_a_run_folder_has_what_the_readme_says(straight):
+    out, _ = straight
+    args = json.loads((out / "args.json").read_text())
+    assert args["batch_size"] == 16 and args["lr"] == 2e-4 and args["in_force"]["precision"] == "fp32"
+    saved, images = content(out / "checkpoint.pt"), sorted(int(p.stem.split("-")[1]) for p in out.glob("generator-*.pt"))
+    assert images[0] == 0 and images[-1] == saved["images"] and all(n % 32 == 0 for n in images[:-1])
+    generator = content(out / f"generator-{images[-1]:09d}.pt")
+    assert same(generator["G"], saved["G"]) and "D" not in generator
+    assert content(out / "checkpoint-previous.pt")["images"] == images[-2], "the last two are kept"
+    G, latent = model.load_generator(out)
+    assert (G.image_size, G.nz, latent) == (32, 8, "normal")
+
+
+def test_a_finished_run_resumes_to_say_that_it_is_complete(trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "run")
+    before = (out / "checkpoint.pt").read_bytes()
+    done = run("train.py", "--resume", "--out", out)
+    images = content(out / "checkpoint.pt")["images"]
+    assert f"image {images:,} of {images:,}" in done.stdout and "Loss_D" not in done.stdout
+    assert (out / "checkpoint.pt").read_bytes() == before
+    then, now = (json.loads((folder / "args.json").read_text()) for folder in (trained, out))
+    assert {key for key in now if now[key] != then[key]} <= {"out", "resume", "in_force"}, "no argument is forgotten"
+
+
+def test_a_benchmark_prints_a_row_and_leaves_no_run(pack, tmp_path):
+    done = run("train.py", *TINY, "--device", "cpu", "--data", pack, "--benchmark", 5, "--price", 3.06, cwd=tmp_path)
+    head, rule, row = done.stdout.splitlines()[-3:]
+    assert head.startswith("| preset |") and set(rule) <= set("| -") and row.startswith("| naive-64 |")
+    assert head.count("|") == rule.count("|") == row.count("|")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- a resumed run is the run ---------------------------------------------------------------------------------------
+
+def test_a_run_killed_again_and_again_equals_one_that_never_was(straight, pack, tmp_path, request):
+    """kill -9 wherever it happens to be: in a step, a save, a rename, while it starts."""
+    reference, _ = straight
+    out, chance, kills = tmp_path / "run", random.Random(0), 0
+    most = 100 if request.config.getoption("--long") else 3
+    words = [*RUN, "--data", pack, "--out", out]
+    while kills < most:
+        with Training(*words) as training:
+            if out.exists() and chance.random() < 0.2:
+                time.sleep(chance.uniform(1, 6))
+            else:
+                training.until("from image")
+                time.sleep(chance.uniform(0, 3 / most if most > 3 else 0.8))
+            training.kill()
+            kills += 1
+            if training.end() == 0:
+                break
+            model.load_newest(out)
+        words = ["--resume", "--out", out]
+    run("train.py", *words)
+    print(f"{kills} kills")
+    assert_same_run(reference, out)
+
+
+def test_streaming_from_the_disk_gives_the_same_run_killed_or_not(straight, pack, tmp_path):
+    reference, _ = straight
+    out = tmp_path / "run"
+    with Training(*RUN, "--stream", "--data", pack, "--out", out) as training:
+        training.until(r"\[70/")
+        training.kill()
+    run("train.py", "--resume", "--out", out, "--profile")
+    assert_same_run(reference, out)
+    traces = list(out.glob("*.pt.trace.json"))
+    assert len(traces) == 1 and "waiting for data" in traces[0].read_text(), "--profile leaves a trace, loader included"
+
+
+def test_a_notice_is_enough(straight, pack, tmp_path):
+    """SIGTERM, then Ctrl-C, then damage to the newest checkpoint: each time --resume goes on, to the same end."""
+    reference, _ = straight
+    out = tmp_path / "run"
+    words = [*RUN, "--save-every", 320, "--data", pack, "--out", out]
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        with Training(*words) as training:
+            training.until(r"^\[\d+/20\]")
+            training.process.send_signal(signum)
+            sent = time.monotonic()
+            assert training.end() == -signum and "Traceback" not in training.text, training.text
+            assert time.monotonic() - sent < 5
+        step = int(re.findall(r"\[(\d+)/\d+\] Loss_D", training.text)[-1])
+        assert content(out / "checkpoint.pt")["step"] == step, "it saved where it stopped"
+        assert content(out / f"generator-{16 * step:09d}.pt")["images"] == 16 * step
+        words = ["--resume", "--out", out]
+    at = content(out / "checkpoint-previous.pt")["images"]
+    damage(out / "checkpoint.pt")
+    done = run("train.py", *words)
+    assert f"{out}/checkpoint.pt is damaged" in done.stderr and f"from image {at:,}" in done.stdout
+    assert same(content(reference / "checkpoint.pt"), content(out / "checkpoint.pt"))
+    assert scalars(out) == scalars(reference)
+
+
+# ---- there is always a good checkpoint ------------------------------------------------------------------------------
+
+def damage(path, rng=random.Random(0)):
+    """Flip a bit of a tensor."""
+    data = bytearray(path.read_bytes())
+    place = len(data) // 2
+    data[place] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def saved(images):
+    """A checkpoint as train.py writes it, with something in it to recognise it by."""
+    return {"format": 1, "images": images, "step": images, "latent": "normal", "G": {"w": torch.full((20_000,), float(images))}}
+
+
+def test_a_kill_during_a_save_leaves_a_sound_checkpoint(tmp_path, request):
+    """And the last two are kept. The one who saves is a fork of this process, so that a kill costs milliseconds."""
+    kills, chance, newest = (1000 if request.config.getoption("--long") else 100), random.Random(1), 0
+    for _ in range(kills):
+        read, write = os.pipe()
+        if not (child := os.fork()):
+            saver = train.Saver(tmp_path)
+            for images in range(newest + 1, newest + 10_000):
+                saver.save(saved(images), wait=True)
+                os.write(write, b".")
+            os._exit(0)
+        os.read(read, 1)  # it has saved once
+        time.sleep(chance.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(write)
+        done = newest + 1 + len(os.read(read, 1 << 16))
+        os.close(read)
+        path, found = model.load_newest(tmp_path)
+        assert found["images"] in (done, done + 1), "no save that was done is lost"
+        assert found["G"]["w"].eq(found["images"]).all() and len(found["G"]["w"]) == 20_000
+        if found["images"] > 1 and path.name == "checkpoint.pt":
+            assert model.load_file(tmp_path / "checkpoint-previous.pt")["images"] == found["images"] - 1
+        newest = found["images"]
+        for file in tmp_path.glob("generator-*"):
+            file.unlink()
+
+
+def test_a_cut_or_changed_checkpoint_is_noticed_wherever_it_is_hit(trained, tmp_path, request, capsys):
+    """The one before is used, and it says so. A flip that changes nothing that is read may pass."""
+    good, chance = (trained / "checkpoint.pt").read_bytes(), random.Random(2)
+    want, before = content(trained / "checkpoint.pt"), content(trained / "checkpoint-previous.pt")
+    shutil.copy(trained / "checkpoint-previous.pt", tmp_path)
+    noticed, files = 0, (5000 if request.config.getoption("--long") else 300)
+    for i in range(files):
+        data = bytearray(good)
+        if i % 3 == 0:
+            del data[chance.randrange(len(data)):]
+        else:
+            for _ in range(chance.choice((1, 1, 8))):
+                data[chance.randrange(len(data)) if i % 3 == 1 else -chance.randrange(1, 6000)] ^= 1 << chance.randrange(8)
+        (tmp_path / "checkpoint.pt").write_bytes(data)
+        path, found = model.load_newest(tmp_path)
+        warned = f"warning: {tmp_path}/checkpoint.pt" in capsys.readouterr().err
+        assert warned == (path.name == "checkpoint-previous.pt")
+        assert same(found, before if warned else want), "damage that passes for a checkpoint"
+        noticed += warned
+    assert noticed > 0.6 * files
+
+
+def test_the_good_checkpoint_survives_the_saves_after_a_damaged_one(trained, tmp_path):
+    """A damaged checkpoint.pt must not take the place of the sound one before it."""
+    out = shutil.copytree(trained, tmp_path / "run")
+    damage(out / "checkpoint.pt")
+    run("train.py", "--resume", "--out", out, "--epochs", 2)
+    images = [content(file)["images"] for file in (trained / "checkpoint-previous.pt", trained / "checkpoint.pt")]
+    assert [model.load_file(out / name)["images"] for name in ("checkpoint-previous.pt", "checkpoint.pt")] == images
+
+
+def test_a_slow_disk_stalls_nothing(tmp_path, monkeypatch, capsys):
+    written, write_file = threading.Event(), train.write_file
+    monkeypatch.setattr(train, "write_file", lambda *args, **kwargs: (written.wait(60), write_file(*args, **kwargs)))
+    saver, weights = train.Saver(tmp_path), saved(16)
+    saver.save(weights)  # comes back while the disk has not taken a byte
+    assert not list(tmp_path.glob("*.pt"))
+    weights["G"]["w"].fill_(-1)  # training goes on in the same tensors
+    saver.save(saved(32))
+    assert "still writing" in capsys.readouterr().err
+    written.set()
+    saver.join()
+    assert content(tmp_path / "checkpoint.pt")["G"]["w"].eq(16).all(), "it is the state as of the save"
+    saver.save(saved(48), wait=True)
+    assert content(tmp_path / "checkpoint.pt")["images"] == 48 and content(tmp_path / "checkpoint-previous.pt")["images"] == 16
+
+
+def test_a_full_disk_costs_a_warning_and_no_checkpoint(pack, tmp_path):
+    """A limit on the size of files stands for the disk: it can be set, lifted and set again while training goes on."""
+    def limit(size):
+        resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    out = tmp_path / "run"
+    with Training(*RUN, "--epochs", 100_000, "--log-every", 5, "--save-every", 160, "--data", pack, "--out", out) as training:
+        training.until(r"\[25/")
+        limit(4096)
+        training.until("warning: no checkpoint at .*: File too large; training goes on")
+        training.until("Loss_D")
+        kept = [model.load_file(out / name)["images"] for name in ("checkpoint.pt", "checkpoint-previous.pt")]
+        assert kept[0] > kept[1] and not list(out.glob("*.tmp"))
+        limit(resource.RLIM_INFINITY)
+        while content(out / "checkpoint.pt")["images"] == kept[0]:
+            training.until("Loss_D")
+        limit(4096)
+        training.until("warning: no checkpoint")
+        training.process.send_signal(signal.SIGTERM)
+        assert training.end() not in (0, -signal.SIGTERM), "it ends without having saved"
+        assert re.search("^error: no checkpoint", training.text, re.M) and "Traceback" not in training.text, training.text
+    assert model.load_newest(out)[1]["images"] > kept[0]
+    assert EventAccumulator(str(out)).Reload().Scalars("Loss_D")
+
+
+def test_numbers_that_go_bad_stop_the_run_at_its_last_good_checkpoint(trained, tmp_path):
+    """An optimizer about to make a weight infinite while the loss still looks well, and a network that has one."""
+    for says, poison in (("a weight is", lambda state: state["opt_G"]["exp_avg"][0].fill_(3e38)),
+                         ("Loss_D is", lambda state: state["D"]["main.0.weight"].fill_(math.inf))):
+        out = shutil.copytree(trained, tmp_path / says)
+        poison(state := content(out / "checkpoint.pt"))
+        torch.save(state, out / "checkpoint.pt")
+        done = run("train.py", "--resume", "--out", out, "--epochs", 4, "--save-every", 16, status=1)
+        assert re.search(rf"^error: step (19|20): {says} ", done.stderr, re.M), done.stderr
+        kept = content(out / "checkpoint.pt")
+        assert kept["step"] < 20 and all(t.isfinite().all() for t in kept["G"].values()), "nothing bad is saved"
+
+
+# ---- many processes -------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import hashlib, os, sys
+sys.path.insert(0, sys.argv[1])
+import train
+def main():
+    G, D = train.main(sys.argv[3:])
+    state = hashlib.sha256(b"".join(t.numpy().tobytes() for net in (G, D) for t in net.state_dict().values())).hexdigest()
+    open(sys.argv[2] + "/rank-" + os.environ["RANK"], "w").write(state)
+train.run(main)
+"""
+
+
+def ranks(folder, *words, processes=2):
+    """torchrun, and in it train.py's main, whose ranks write down what weights they end with."""
+    (folder / "driver.py").write_text(DRIVER)
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "3", "--nproc-per-node", str(processes),
+            str(folder / "driver.py"), str(ROOT), str(folder), *map(str, words)]
+
+
+def pid_of_rank(launcher, rank):
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return int(pid)
+
+
+def test_a_rank_that_dies_costs_a_restart_and_the_ranks_end_alike(pack, tmp_path, request):
+    """Then the run goes on with a single process; nothing hangs."""
+    long = request.config.getoption("--long")
+    out, deaths = tmp_path / "run", (1, 0, 1) if long else (1,)
+    words = [*TINY, "--device", "cpu", "--epochs", 30, "--log-every", 1, "--save-every", 64, "--data", pack, "--out", out]
+    with Training(argv=ranks(tmp_path, *words)) as training:
+        for rank in deaths:
+            training.until("from image")
+            for _ in range(20):
+                training.until("Loss_D")
+            os.kill(pid_of_rank(training.process.pid, rank), signal.SIGKILL)
+        resumed = int(training.until(r"from image ([\d,]+) of")[1].replace(",", ""))
+        assert training.end() == 0, training.text
+    assert resumed > 0, "it goes on from a checkpoint"
+    states = {(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)}
+    assert len(states) == 1, "weights and batch-norm statistics are the same everywhere"
+    if long:
+        other = tmp_path / "uninterrupted"
+        other.mkdir()
+        with Training(argv=ranks(other, *words[:-1], other / "run")) as training:
+            assert training.end() == 0, training.text
+        assert_same_run(other / "run", out)
+    images = content(out / "checkpoint.pt")["images"]
+    done = run("train.py", "--resume", "--out", out, "--epochs", 32)
+    assert f"from image {images:,}" in done.stdout
+    assert content(out / "checkpoint.pt")["images"] > images
+
+
+def test_a_notice_to_torchrun_reaches_every_rank(pack, tmp_path, request):
+    if not request.config.getoption("--long"):
+        pytest.skip("--long")
+    out = tmp_path / "run"
+    with Training(argv=ranks(tmp_path, *TINY, "--device", "cpu", "--epochs", 100_000, "--log-every", 1, "--data", pack, "--out", out)) as training:
+        training.until(r"\[20/")
+        training.process.send_signal(signal.SIGTERM)
+        assert training.end() != 0
+        step = int(re.findall(r"\[(\d+)/\d+\] Loss_D", training.text)[-1])
+    assert content(out / "checkpoint.pt")["step"] == step
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_rank_gets_its_frames_once_an_epoch(pack, stream):
+    """Over all ranks each frame is seen once an epoch, in another order each time; so it goes on from any image."""
+    pack = prepare_data.open_pack(pack)
+    args = train.parse_args([*TINY, "--data", str(pack.folder), *["--stream"] * stream])
+    everything, cpu = Counter(frame.tobytes() for frame in pack.train), torch.device("cpu")
+
+    def frames(rank, world, start, n):
+        source, got = train.batches(pack, args, cpu, rank, world, start), []
+        while len(got) < n:
+            got += [frame.numpy().tobytes() for frame in next(source)]
+        return got[:n]
+
+    N = len(pack.train)
+    for world in (1, 2):
+        epoch = -(-N // world)
+        got = [frames(rank, world, 0, 3 * epoch) for rank in range(world)]
+        for i in range(3):
+            seen = Counter(frame for each in got for frame in each[i * epoch:(i + 1) * epoch])
+            assert set(seen) == set(everything) and sum((seen - everything).values()) < world
+        assert got[0][:epoch] != got[0][epoch:2 * epoch]
+        assert frames(world - 1, world, 5 * 16 * world, 100) == got[world - 1][5 * 16:5 * 16 + 100], "in the middle of an epoch"
+    if stream:
+        args.stream = False
+        assert frames(0, 1, 0, 3 * N) == frames(0, 1, 0, 3 * N), "from memory and from the disk"
+
+
+@pytest.mark.parametrize("n, frame_bytes", [(1, 100), (142, 6360), (5000, 2 ** 19), (700, 2 ** 21)])
+def test_the_order_of_frames_is_the_same_from_any_start(n, frame_bytes):
+    def rows(start, count):
+        source, got = train.row_batches(n, frame_bytes, 16, (7, 0), start), []
+        while len(got) < count:
+            batch = next(source)
+            assert len(batch) == 16
+            got += batch.tolist()
+        return got[:count]
+
+    straight = rows(0, 3 * n)
+    for i in range(3):
+        assert sorted(straight[i * n:(i + 1) * n]) == list(range(n))
+    assert n < 100 or straight[:n] != straight[n:2 * n] != sorted(straight[n:2 * n])
+    for start in {0, n // 3, n - 1, n, n + n // 2, 2 * n - 1}:
+        assert rows(start, 3 * n - start) == straight[start:]
+
+
+# ---- nobody's code runs, and nothing foreign is taken for a checkpoint ----------------------------------------------
+
+class Bomb:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.mark}'",)
+
+
+def foreign_files(trained, mark):
+    """{what it is: how to write it to a path}"""
+    good = content(trained / "checkpoint.pt")
+
+    def archive(path):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("archive/data.pkl", pickle.dumps(Bomb(mark)))
+            file.writestr("archive/version", "3")
+
+    def wide(path):
+        torch.save({**good, "G": {k: v.repeat(2, *[1] * (v.dim() - 1)) if v.dim() else v for k, v in good["G"].items()}}, path)
+
+    return {
+        "a pickle that runs a program": lambda path: path.write_bytes(pickle.dumps(Bomb(mark))),
+        "a torch file that runs a program": lambda path: torch.save({**good, "scaler": Bomb(mark)}, path),
+        "an old torch file that runs a program": lambda path: torch.save(Bomb(mark), path, _use_new_zipfile_serialization=False),
+        "a zip that runs a program": archive,
+        "another shape": wide,
+        "another format version": lambda path: torch.save({**good, "format": 99}, path),
+        "a format that is no number": lambda path: torch.save({**good, "format": torch.zeros(3)}, path),
+        "a list": lambda path: torch.save([1, 2], path),
+        "nothing of ours": lambda path: torch.save({"a": 1}, path),
+        "weights of another kind": lambda path: torch.save({**good, "G": {"main.0.weight": 5}, "D": [], "opt_G": None}, path),
+        "half of it": lambda path: path.write_bytes((trained / "checkpoint.pt").read_bytes()[:5000]),
+        "a text file": lambda path: path.write_text("these are no weights\n"),
+        "an empty file": lambda path: path.write_bytes(b""),
+        "zeros": lambda path: path.write_bytes(bytes(10_000)),
+        "a folder": lambda path: path.mkdir(),
+        "a zip of pictures": lambda path: zipfile.ZipFile(path, "w").writestr("a.png", b"abc"),
+    }
+
+
+def test_a_foreign_file_in_place_of_a_checkpoint_is_refused_and_runs_nothing(trained, tmp_path, capsys):
+    mark, told = tmp_path / "executed", {}
+    net = [model.Generator(32, 8, 4), model.Discriminator(32, 4)]
+    for name, write in foreign_files(trained, mark).items():
+        out = tmp_path / name
+        out.mkdir()
+        shutil.copy(trained / "args.json", out)
+        write(out / "checkpoint.pt")
+        args = train.parse_args(["--resume", "--out", str(out)])
+        optimizers = [train.make_optimizer(each, args, torch.device("cpu")) for each in net]
+        with pytest.raises((model.InputError, OSError)) as refused:
+            train.restore(net, optimizers, torch.amp.GradScaler("cpu", enabled=False), args)
+        told[name] = str(refused.value)
+        assert str(out) in told[name] and "\n" not in told[name] and len(told[name]) < 400, told[name]
+        if name not in ("another shape",):  # a generator of another shape is fine for sample.py
+            with pytest.raises((model.InputError, OSError)):
+                model.load_generator(out / "checkpoint.pt")
+        assert not mark.exists(), name
+    run("train.py", "--resume", "--out", tmp_path / "a torch file that runs a program", status=2)
+    run("sample.py", "--checkpoint", tmp_path / "a pickle that runs a program" / "checkpoint.pt", status=2, cwd=tmp_path)
+    assert not mark.exists() and not (tmp_path / "samples.png").exists()
+
+
+def test_a_run_whose_arguments_were_edited_by_hand_is_refused_in_a_line(trained, tmp_path):
+    good = json.loads((trained / "args.json").read_text())
+    (tmp_path / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes())
+    for text in ("", "{", "[]", "null", "7", json.dumps({**good, "lr": "fast"}), json.dumps({**good, "batch_size": [16]}),
+                 json.dumps({**good, "batch_size": 0}), json.dumps({**good, "preset": "mine"}), json.dumps({**good, "lr": None}),
+                 json.dumps({**good, "image_size": 48}), json.dumps({**good, "mirror": "yes"}), json.dumps({**good, "log_every": 0.5}),
+                 '{"lr": NaN}', json.dumps({**good, "lr": math.nan}), "\xff\xfe"):
+        (tmp_path / "args.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(model.InputError) as refused:
+            train.parse_args(["--resume", "--out", str(tmp_path)])
+        assert "\n" not in str(refused.value)
+
+
+# ---- what is mistyped -----------------------------------------------------------------------------------------------
+
+NUMBERS = {  # the options, and those of the values below that make sense for them
+    "--epochs": (), "--seed": ("0",), "--save-every": (), "--sample-every": (), "--log-every": (), "--benchmark": (), "--nz": (),
+    "--ngf": (), "--ndf": (), "--batch-size": (), "--lr": (), "--beta1": ("0",), "--weight-decay": ("0",),
+    "--instance-noise": ("0",), "--price": ("0", "1.5"), "--peak-tflops": ("0", "1.5"), "--image-size": (), "--kernel-size": ()}
+
+
+@pytest.mark.parametrize("script, options", [("train", NUMBERS), ("sample", {"--n": (), "--scale": (), "--seeds": ("0",)}),
+                                             ("interpolate", {"--frames": (), "--fps": (), "--scale": (), "--seeds": ("0",), "--grid": ()})])
+def test_a_number_that_makes_no_sense_is_a_line_before_any_work(script, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parse = __import__(script).parse_args
+    for option, sensible in options.items():
+        for value in ("0", "-1", "1" + "0" * 30, "9" * 400, "1e400", "nan", "inf", "-inf", "x", "", "1.5", "0x10", "٣²"):
+            if value in sensible:
+                continue
+            with pytest.raises(model.InputError) as refused:
+                parse([f"{option}={value}"])
+                raise AssertionError(f"{option}={value} is taken")
+            assert option in str(refused.value) and "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_together_is_a_line_before_any_work(pack, trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("")
+    there = set(tmp_path.iterdir())
+    tiny = [*TINY, "--device", "cpu", "--data", str(pack)]
+    for words, says in (
+            ([*tiny, "--batch-size", 500], "more than the"),
+            ([*tiny, "--image-size", 48], "image-size"),
+            ([*tiny, "--image-size", 64], "is for images of 32"),
+            (["--device", "cpu", "--data", pack], "is for images of 32"),
+            ([*tiny, "--data", "nowhere"], "nowhere"),
+            ([*tiny, "--data", tmp_path / "a file"], "a file"),
+            ([*tiny, "--data", tmp_path / "other"], "other"),
+            ([*tiny, "--out", trained], "--resume"),
+            ([*tiny, "--out", tmp_path / "other"], "is there already"),
+            ([*tiny, "--out", tmp_path / "a file"], "a file"),
+            ([*tiny, "--out", tmp_path / "a file" / "run"], "a file"),
+            ([*tiny, "--out", "/proc/run"], "/proc/run"),
+            (["--resume", "--out", "none"], "no run in none"),
+            (["--resume", "--out", tmp_path / "a file"], "a file"),
+            (["--resume", "--out", trained, "--ngf", 8], "does not fit"),
+            (["--preset", "huge"], "huge"),
+            (["--device", "gpu"], "gpu"),
+            (["--sed", 4], "--sed")):
+        try:
+            train.main([*map(str, words)])
+            raise AssertionError(f"{words} is taken")
+        except (model.InputError, prepare_data.InputError) as error:
+            assert says in str(error) and "\n" not in str(error), error
+        except OSError as error:  # run() makes a line of it
+            assert says in str(error)
+        left = {path for path in set(tmp_path.iterdir()) - there if path.is_file() or any(path.iterdir())}
+        assert not left, f"{words} left {left}"
+    refused = run("train.py", *tiny, "--nz", 65536, "--ngf", 4096, "--benchmark", status=2)
+    assert "memory" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_two_runs_do_not_mix(pack, tmp_path):
+    out = tmp_path / "run"
+    with Training(*RUN, "--epochs", 100_000, "--log-every", 1, "--data", pack, "--out", out) as training:
+        training.until(r"\[2/")
+        training.process.send_signal(signal.SIGSTOP)
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        refused = run("train.py", "--resume", "--out", out, status=2)
+        assert "being trained" in refused.stderr
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        training.process.send_signal(signal.SIGCONT)
+        training.until("Loss_D")
