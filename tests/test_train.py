@@ -613,6 +613,7 @@ def test_two_runs_do_not_mix(pack, tmp_path):
     with Training(*RUN, "--epochs", 100_000, "--log-every", 1, "--data", pack, "--out", out) as training:
         training.until(r"\[2/")
         training.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.5)  # until its threads stand still
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
         refused = run("train.py", "--resume", "--out", out, status=2)
         assert "being trained" in refused.stderr
