@@ -146,6 +146,8 @@ def parse_args(argv=None):
             raise InputError(f"--resume: no run in {out}: name one with --out, or start one without --resume") from None
         resume = resume or restarted  # torchrun goes on with a run that it started, and with no other
         saved = read_back(parser, saved, defaults, out / "args.json") if resume else {}
+        if given.get("preset", saved.get("preset")) != saved.get("preset"):
+            raise InputError(f"--preset {given['preset']}: {out} is a run of {saved['preset']}, and its networks stay")
     preset = PRESETS[given.get("preset") or saved.get("preset", defaults["preset"])]
     demo = {} if {"data", "preset", "benchmark"} & {*given} else DEMO
     return argparse.Namespace(**{**defaults, **preset, **demo, **saved, **given, "out": str(out), "resume": bool(resume)})
@@ -348,7 +350,7 @@ def make_step(G, D, opt_G, opt_D, scaler, args, device, dtype):
 
     def look(D, images):
         if args.instance_noise:
-            images = images + args.instance_noise * torch.randn_like(images)
+            images = images + args.instance_noise * torch.randn(images.shape, device=device)  # the same in any memory layout
         return D(images).float()
 
     def update(loss, optimizer):
@@ -533,11 +535,14 @@ class Board:
 
     def __init__(self, out, images):
         self.out, self.writer, self.first = Path(out), None, images + 1  # on --resume, events past the checkpoint are void
+        self.resting_until = 0.0
         threading.excepthook = lambda args: (  # a full disk ends the writer's thread, and our next call to it says so
             issubclass(args.exc_type, OSError) or threading.__excepthook__(args))
 
     def write(self, add):
-        """Call add(SummaryWriter); after a failure the next call tries again with a new one."""
+        """Call add(SummaryWriter); a minute after a failure it tries again with a new one, which is a new file."""
+        if time.monotonic() < self.resting_until:
+            return
         try:
             if not self.writer:
                 self.writer, self.first = SummaryWriter(self.out, purge_step=self.first), None
@@ -545,7 +550,7 @@ class Board:
             self.writer.flush()
         except Exception as error:  # the writer's thread passes on whatever stopped it
             print(f"warning: nothing logged at {self.out}: {error}; training goes on", file=sys.stderr)
-            self.writer = None
+            self.writer, self.resting_until = None, time.monotonic() + 60
 
     def start(self, args, **in_force):
         write_file(self.out / "args.json", (json.dumps({**vars(args), "in_force": in_force}, indent=1) + "\n").encode())
