@@ -244,7 +244,8 @@ def load_file(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
+                folders = any(member.external_attr & 16 for member in archive.infolist())  # torch reads nothing from these
+                if archive.testzip() or folders:
                     raise InputError(f"{path} is damaged: a checksum in it is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (InputError, FileNotFoundError, PermissionError, IsADirectoryError):
