@@ -346,7 +346,7 @@ def make_step(G, D, opt_G, opt_D, scaler, args, device, dtype):
         def cut_graph(): pass
 
     def autocast():  # one a forward pass: it caches weights in bf16, which an optimizer's step makes stale
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
     def look(D, images):
         if args.instance_noise:
