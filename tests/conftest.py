@@ -1,5 +1,9 @@
+import os
+
 import pytest
 from helpers import TINY, run
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small only wait for each other's threads: 10× on busy cores
 
 
 def pytest_addoption(parser):
