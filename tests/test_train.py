@@ -175,11 +175,13 @@ def test_a_run_killed_again_and_again_equals_one_that_never_was(straight, pack, 
     words = [*RUN, "--data", pack, "--out", out]
     while kills < most:
         with Training(*words) as training:
-            if out.exists() and chance.random() < 0.2:
-                time.sleep(chance.uniform(1, 6))
+            if out.exists() and chance.random() < 0.1:
+                time.sleep(chance.uniform(1, 6))  # while it starts
             else:
-                training.until("from image")
-                time.sleep(chance.uniform(0, 0.1 if most > 3 else 0.8))
+                for _ in range(chance.randrange(7) if most > 3 else chance.randrange(10, 50)):
+                    if training.until("from image|Loss_D|is at image")[0] == "is at image":
+                        break
+                time.sleep(chance.uniform(0, 0.03))
             training.kill()
             kills += 1
             if training.end() == 0:
