@@ -427,8 +427,8 @@ def set_up_step(nets, optimizers, scaler, args, device, dtype, world, steps):
 def adam_state(optimizer):
     """Step count and moments, the same for torch's AdamW, which counts by parameter, and Gaudi's, which counts by group."""
     group, states = optimizer.param_groups[0], [optimizer.state.get(p, {}) for p in optimizer.param_groups[0]["params"]]
-    count = group.get("step") or states[0].get("step", 0)
-    return {"step": int(count), **{key: [s[key].cpu() for s in states if s] for key in ("exp_avg", "exp_avg_sq")}}
+    count = max(int(counts.get("step", 0)) for counts in (group, states[0]))
+    return {"step": count, **{key: [s[key].cpu() for s in states if s] for key in ("exp_avg", "exp_avg_sq")}}
 
 
 def load_adam_state(optimizer, saved):
@@ -436,10 +436,9 @@ def load_adam_state(optimizer, saved):
         group = optimizer.param_groups[0]
         for p, *moments in zip(group["params"], saved["exp_avg"], saved["exp_avg_sq"], strict=True):
             state = {key: torch.zeros_like(p).copy_(m) for key, m in zip(("exp_avg", "exp_avg_sq"), moments)}
+            state["step"] = torch.tensor(float(saved["step"]), device=p.device if p.is_cuda else "cpu")
             optimizer.state[p] = state
-            if p.device.type != "hpu":
-                state["step"] = torch.tensor(float(saved["step"]), device=p.device)
-        if group["params"][0].device.type == "hpu":
+        if p.device.type == "hpu":
             group["step"] = saved["step"]
 
 

@@ -140,6 +140,22 @@ def test_a_run_goes_on_on_another_device_as_if_nothing_had_changed(first, then, 
     assert saved["opt_D"]["step"] == saved["opt_G"]["step"] == saved["step"] == 24, "the count for bias correction goes on"
 
 
+def test_the_count_of_steps_is_carried_wherever_an_optimizer_keeps_it():
+    """Per parameter as torch does, per group as Gaudi does, and in both where its releases differ."""
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    for _ in range(3):
+        net(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    saved = train.adam_state(optimizer)
+    assert saved["step"] == 3
+    optimizer.param_groups[0]["step"] = 5
+    assert train.adam_state(optimizer)["step"] == 5
+    train.load_adam_state(other := torch.optim.AdamW(net.parameters()), saved)
+    other.step()
+    assert train.adam_state(other)["step"] == 4
+
+
 def test_what_was_saved_on_the_card_opens_where_there_is_none(on_hpu, tmp_path):
     out = on_hpu[0]
     for file in ("checkpoint.pt", "generator-000000192.pt"):
