@@ -64,10 +64,9 @@ def run(main, *errors):
     except OSError as error:  # no such folder, no permission, no room on the disk
         sys.exit(print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr) or 2)
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        if "memory" not in f"{type(error)} {error}".lower():
             raise
-        sys.exit(print("error: this takes more memory than there is: choose smaller networks, a smaller batch or fewer pictures",
-                       file=sys.stderr) or 2)
+        sys.exit(print("error: out of memory: choose smaller networks, a smaller batch or fewer pictures", file=sys.stderr) or 2)
 
 
 # ---- the networks ---------------------------------------------------------------------------------------------------
@@ -144,11 +143,14 @@ def seed_list(text):
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            seeds += range(int(first), min(int(last or first), int(first) + 10_000_000) + 1)
+            first, last = int(first), int(last or first)
+            if not first <= last < first + 10_000_000:
+                raise ValueError
+            seeds += range(first, last + 1)
     except ValueError:
         seeds = []
     if not seeds or max(seeds) >= 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text} is no list of seeds: give it as 0-63,100")
+        raise argparse.ArgumentTypeError(f"{text} is no list of seeds: give it as 0-63,100 (a span holds 10 million)")
     return seeds
 
 
