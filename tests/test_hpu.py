@@ -84,7 +84,8 @@ def losses(text):
     return np.array(lines, float)
 
 
-# Gaudi's FusedAdamW does not correct its epsilon's bias, as torch's does: a difference of 1e-6 that grows slowly.
+# Gaudi's FusedAdamW adds its epsilon before the bias is corrected, torch's after it: in the first steps another 1e-6 of an update,
+# which grows as all differences do in training. The lines have four decimals.
 close = dict(rtol=2e-3, atol=2e-4)
 
 
@@ -123,6 +124,20 @@ def test_the_graph_is_cut_after_each_backward_and_each_optimizers_step(silent_ru
     assert short["longest_graph"] == long["longest_graph"] < 1000
 
 
+def test_gaudis_optimizer_gets_the_presets_numbers_and_torchs_epsilon(card):
+    done = subprocess.run([sys.executable, "-c", """
+import json, model, train
+device = model.choose_device("hpu")
+for preset in ("naive-64", "safe-128"):
+    args = train.parse_args(["--data", "", "--preset", preset])
+    optimizer = train.make_optimizer(model.Discriminator(32, 4).to(device), args, device)
+    group = optimizer.param_groups[0]
+    print(json.dumps([type(optimizer).__name__, *(group[key] for key in "lr betas eps weight_decay bias_correction".split())]))
+"""], cwd=ROOT, env={**os.environ, **card}, capture_output=True, text=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        ["FusedAdamW", 2e-4, [0.5, 0.999], 1e-8, 0, True], ["FusedAdamW", 2e-4, [0.5, 0.999], 1e-8, 0.05, True]], done.stderr
+
+
 def test_a_step_uses_ops_that_gaudi_supports(silent_runs, on_hpu):
     for report in (*silent_runs, on_hpu[2]):
         assert "aten::convolution_overrideable" in report["ops"] and "hpu::optimizer_adamw" in report["ops"]
@@ -146,7 +161,7 @@ def test_a_run_goes_on_on_another_device_as_if_nothing_had_changed(first, then, 
     out = shutil.copytree(begun, tmp_path / "run")
     _, went_on, *_ = trained_on(then, "--resume", "--out", out, epochs=6, env=LAZY)
     assert len(went_on) == 12
-    np.testing.assert_allclose(went_on, on_cpu_twice_as_long[1][12:], rtol=2e-2, atol=2e-3)
+    np.testing.assert_allclose(went_on, on_cpu_twice_as_long[1][12:], rtol=0, atol=5e-3)  # 0.002; moments lost, it is 0.017
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     assert saved["opt_D"]["step"] == saved["opt_G"]["step"] == saved["step"] == 24, "the count for bias correction goes on"
 
@@ -190,22 +205,32 @@ def test_pictures_made_on_the_card_are_those_made_on_the_cpu(on_hpu, card, tmp_p
 
 def test_two_cards_share_the_data_and_hold_the_same_weights(card, pack32, tmp_path):
     driver = tmp_path / "driver.py"  # what train.py is, and then what each rank holds
-    driver.write_text(f"import sys, os; sys.path.insert(0, {str(ROOT)!r}); import train, torch, model\n"
-                      "seen, cut = [], train.cut_windows\n"
-                      "train.cut_windows = lambda frames, *xs: seen.append(frames.cpu()) or cut(frames, *xs)\n"
-                      "nets = train.main()\n"
-                      "state = {k: v.cpu() for net in nets for k, v in net.state_dict(prefix=type(net).__name__).items()}\n"
-                      f"torch.save((state, torch.cat(seen)), {str(tmp_path)!r} + '/rank' + os.environ['RANK'])\n")
+    driver.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train, torch
+frames, noise, cut, seed = [], [], train.cut_windows, train.seed_noise
+def seed_noise(*xs):
+    seed(*xs)
+    noise.append(torch.randn(4, device="hpu").cpu())
+    seed(*xs)
+train.seed_noise = seed_noise
+train.cut_windows = lambda batch, *xs: frames.append(batch.cpu()) or cut(batch, *xs)
+nets = train.main()
+weights = {{k: v.cpu() for net in nets for k, v in net.state_dict(prefix=type(net).__name__).items()}}
+torch.save((weights, torch.cat(frames), torch.cat(noise)), {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
+""")
     words = [*TINY, "--device", "hpu", "--data", pack32, "--out", tmp_path / "run", "--epochs", 2, "--log-every", 1]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver),
                            *map(str, words)], capture_output=True, text=True, timeout=240,
                           env={**os.environ, **card, **LAZY, "HPU_SIM_CARDS": "2", "HPU_SIM_REPORT": str(tmp_path / "card.json")})
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(losses(done.stdout)) == 4 and "2 × GAUDI" in done.stdout, "16 images a card: 2 epochs of 2 steps"
-    (a, seen), (b, others) = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
+    (a, seen, noise), (b, others, other_noise) = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     saw, others_saw = ({frame.numpy().tobytes() for frame in frames} for frames in (seen, others))
     assert len(saw) == len(others_saw) == 32 and not saw & others_saw, "64 streets, half of them for each card"
+    assert len({*noise.tolist(), *other_noise.tolist()}) == 32, "no card, and no step, draws another's latents"
     for rank in (0, 1):
         report = json.loads((tmp_path / f"card.json.{rank}").read_text())
         assert any(op.startswith("hccl::allreduce") for op in report["ops"]) and unsupported(report) == []
