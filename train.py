@@ -416,7 +416,9 @@ def set_up_step(nets, optimizers, scaler, args, device, dtype, world, steps):
     if pays if args.compile is None else args.compile:
         for net in nets:
             net.compile(backend="hpu_backend" if device.type == "hpu" else "inductor")
-    replicas = [DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net for net in nets]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch has another name for broadcast_buffers, 2.6 has this
+        replicas = [DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net for net in nets]
     step = make_step(*replicas, *optimizers, scaler, args, device, dtype)
     graph = device.type == "cuda" and world == 1 and dtype != torch.float16 and args.compile is not False
     return graphed(step) if graph else step
@@ -486,7 +488,7 @@ class Saver:
                  "checkpoint.pt": content}
         snapshot = {}
         for name, data in files.items():
-            torch.save(data, buffer := io.BytesIO())
+            torch.save(data, buffer := io.BytesIO(), pickle_protocol=2)  # Gaudi's default, 4, opens nowhere else
             snapshot[name] = buffer.getbuffer()
         self.thread = threading.Thread(target=self.write, args=(snapshot,))
         self.thread.start()

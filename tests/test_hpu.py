@@ -218,13 +218,13 @@ train.seed_noise = seed_noise
 train.cut_windows = lambda batch, *xs: frames.append(batch.cpu()) or cut(batch, *xs)
 nets = train.main()
 weights = {{k: v.cpu() for net in nets for k, v in net.state_dict(prefix=type(net).__name__).items()}}
-torch.save((weights, torch.cat(frames), torch.cat(noise)), {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
+torch.save((weights, torch.cat(frames), torch.cat(noise)), {str(tmp_path)!r} + "/rank" + os.environ["RANK"], pickle_protocol=2)
 """)
     words = [*TINY, "--device", "hpu", "--data", pack32, "--out", tmp_path / "run", "--epochs", 2, "--log-every", 1]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver),
                            *map(str, words)], capture_output=True, text=True, timeout=240,
                           env={**os.environ, **card, **LAZY, "HPU_SIM_CARDS": "2", "HPU_SIM_REPORT": str(tmp_path / "card.json")})
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0 and "FutureWarning" not in done.stderr, done.stderr[-3000:]
     assert len(losses(done.stdout)) == 4 and "2 × GAUDI" in done.stdout, "16 images a card: 2 epochs of 2 steps"
     (a, seen, noise), (b, others, other_noise) = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -5,6 +5,7 @@ HPU_SIM_REPORT  a file that says at exit what the card was asked to do (.RANK is
 """
 import atexit
 import ctypes
+import functools
 import json
 import multiprocessing
 import os
@@ -42,6 +43,10 @@ def mark_step(device_str="", sync=False):
 def _mark_step_if_lazy(by):
     if is_lazy():
         _sim.mark(by)
+
+
+if is_lazy():  # the plugin saves with pickle protocol 4 then, which torch.load(weights_only=True) reads nowhere else; it also
+    torch.save = functools.partial(torch.save, pickle_protocol=4)  # brings tensors to the CPU, but not in eager mode: not here
 
 
 def hpu_backend(graph, example_inputs, **_options):
