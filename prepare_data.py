@@ -8,11 +8,11 @@
     from prepare_data import open_pack
     pack = open_pack("packs/msls")                               # pack.train, pack.holdout: uint8 (N, H, W, 3)
 
-A pack is a folder with train.npy and holdout.npy (plain NumPy, uint8 (N, H, W, 3)), index.csv (split, row, city, sequence,
-key, source file), skipped.csv (source file, reason), preview.png (frames beside windows of them, as training sees them)
-and pack.json. Sequences stand in random order, the frames of each in theirs: any slice of a pack samples all its cities.
-Archives are read in place. Several SOURCEs are laid over each other: of files with the same path the later one wins.
-MSLS: Warburg et al. 2020, Mapillary Street-Level Sequences, https://github.com/mapillary/mapillary_sls.
+A pack is a folder with train.npy and holdout.npy (plain NumPy, uint8 (N, H, W, 3)), index.csv (split, row, city,
+sequence, key, source file), skipped.csv (source file, reason), preview.png (frames beside windows of them, as training
+sees them) and pack.json. Sequences stand in random order, the frames of each in theirs: any slice of a pack samples all
+its cities. Archives are read in place. Several SOURCEs are laid over each other: of files with the same path in MSLS the
+later one wins. MSLS: Warburg et al. 2020, Mapillary Street-Level Sequences, https://github.com/mapillary/mapillary_sls.
 """
 import argparse
 import csv
@@ -29,17 +29,16 @@ import stat
 import struct
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import zipfile
 import zlib
-from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections import Counter, defaultdict
+from contextlib import ExitStack, closing
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,14 +49,19 @@ FORMAT = 1  # of the pack; raised when its files change their meaning
 SPLITS = ("train", "holdout")
 FILES = ("train.npy", "holdout.npy", "index.csv", "skipped.csv", "preview.png")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # and no others: a .jpg may be an EPS inside, which is a program
+DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: a .jpg may be an EPS inside, which is a program
 MAX_BYTES = 64 * 2 ** 20   # of one file: what a worker takes into memory
+TOO_LONG = f"more than {MAX_BYTES >> 20} MB"
 MAX_PIXELS = 64 * 2 ** 20  # of one image, 8192×8192: 256 MB as RGBA
 MIN_SIDE = 16              # pixels: a smaller image is an icon, no street
+STOPS = (signal.SIGINT, signal.SIGTERM)
 BATCH = 32                 # frames a task: some 25 ms of decoding, far more than handing it over takes
 
-
-MSLS = re.compile(r"(^|/)(train_val|test)/[^/]+/(query|database)/")
+MSLS = re.compile(r"(?:^|/)((?:train_val|test)/[^/]+/(?:query|database)/.+)", re.DOTALL)
+# What --exclude and --panoramas go by: a CSV of MSLS, its column, and what the column says of such a frame.
+FLAGS = {"panorama": ("raw", "pano", "true"), "night": ("postprocessed", "night", "true"),
+         "control_panel": ("postprocessed", "control_panel", "true"),
+         "sideways": ("postprocessed", "view_direction", "sideways")}
 
 
 class InputError(Exception):
@@ -80,87 +84,85 @@ def frame_size(image_size):
 # ---- what is there: paths in the tree, each with what reads it ------------------------------------------------------
 
 def list_files(sources, skip):
-    """{path in the tree: (function, *arguments)} of all images and CSVs; function(path, *arguments) gives the bytes.
+    """{path in the tree: (function, *arguments)} of all images and CSVs; function(*arguments) gives the bytes.
 
-    `sources` are folders and .zip files; `skip(path, reason)` hears of what can't be read. Archives of one folder are
-    read in the order of their names, patches last.
+    `sources` are folders and .zip files; skip(path, reason) hears of what can't be read. Archives in a folder are read in
+    the order of their names, patches last, and before the files beside them. Paths begin as MSLS's do, and those of other
+    images with the name of their source: two folders of photos both have an IMG_0001.jpg.
     """
     files = {}
-
-    def add(path, root, source):
-        if len(sources) > 1 and not MSLS.search(path):
-            path = f"{root.name}/{path}"  # two folders of photos both have an IMG_0001.jpg; parts of MSLS belong together
-        if path.lower().endswith(IMAGES) or path.endswith(".csv"):
-            if path in files:
-                skip(path, "replaced by a later file of the same path")
-            files[path] = source
-        elif path.lower().endswith(".zip"):
-            skip(path, "archive inside a folder or an archive: not opened")
-
-    for source in sources:
-        if source.is_file():
-            list_archive(source, lambda path, *read: add(path, source.with_suffix(""), read), skip)
-            continue
-        archives = [p for p in source.iterdir() if p.name.lower().endswith(".zip") and p.is_file()]
-        for archive in sorted(archives, key=lambda p: ("patch" in p.name.lower(), p.name)):
-            list_archive(archive, lambda path, *read: add(path, source, read), skip)
-        seen, read = set(), (read_file, str(source))
-        for folder, folders, names in os.walk(source, followlinks=True,
-                                              onerror=lambda error: skip(error.filename, describe(error))):
-            here = os.stat(folder)
-            if (here.st_dev, here.st_ino) in seen or "pack.json" in names:  # a link back; a pack of ours is no source
-                folders.clear()
-                continue
-            seen.add((here.st_dev, here.st_ino))
-            folders.sort()
-            inside = os.path.relpath(folder, source).replace(os.sep, "/")
-            for name in sorted(names):
-                if inside != ".":
-                    add(f"{inside}/{name}", source, read)
-                elif not name.lower().endswith(".zip"):
-                    add(name, source, read)
+    for source in map(Path, map(os.path.abspath, sources)):
+        if source.is_dir():
+            archives = [p for p in source.iterdir() if p.name.lower().endswith(".zip") and p.is_file()]
+            archives.sort(key=lambda p: ("patch" in p.name.lower(), p.name))
+            name, found = source.name, chain(*map(list_archive, archives), list_folder(source, skip))
+        else:
+            name, found = source.stem, list_archive(source)
+        for path, read in found:
+            msls = MSLS.search(f"{source}/{path}")
+            path = msls[1] if msls else f"{name}/{path}"
+            if isinstance(read, str):
+                skip(path, read)
+            elif path.lower().endswith(".zip"):
+                skip(path, "archive inside a folder or an archive: not opened")
+            elif path.lower().endswith((*IMAGES, ".csv")):
+                if path in files:
+                    skip(path, "replaced by a later file of the same path")
+                files[path] = read
     return files
 
 
-def list_archive(archive, add, skip):
-    """Call add(path, read_member, …) for each file in a .zip; what is wrong with it or its entries goes to skip."""
+def list_folder(folder, skip):
+    """Yield (path, (read_file, …)) of each file in a folder and below, but for archives at its top; follows links."""
+    top, seen = len(os.path.join(folder, "")), set()
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: skip(e.filename, describe(e))):
+        about = os.stat(here)
+        if (about.st_dev, about.st_ino) in seen or "pack.json" in names:  # a link back; a pack of ours is no source
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders.sort()
+        for name in sorted(names):
+            full = os.path.join(here, name)
+            if here != str(folder) or not name.lower().endswith(".zip"):
+                yield full[top:].replace(os.sep, "/"), (read_file, full)
+
+
+def list_archive(archive):
+    """Yield (path, (read_member, …)) of each file in a .zip, or (path, reason) where something is wrong with it."""
     try:
         with zipfile.ZipFile(archive) as zipped:
-            entries = zipped.infolist()
+            entries = [entry for entry in zipped.infolist() if not entry.is_dir()]
     except Exception as error:  # a damaged directory makes zipfile raise many things
-        return skip(archive.name, f"archive can't be opened ({describe(error)})")
+        yield archive.name, f"archive can't be opened ({describe(error)})"
+        return
     for entry in entries:
-        if entry.is_dir():
-            continue
-        if entry.filename.startswith("/") or ".." in entry.filename.split("/"):
-            skip(entry.filename, "path leads out of the archive")
+        path, packed, method = entry.filename, entry.compress_size, entry.compress_type
+        if path.startswith("/") or ".." in path.split("/"):
+            yield path, "path leads out of the archive"
         elif entry.flag_bits & 1:
-            skip(entry.filename, "encrypted")
-        elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            skip(entry.filename, f"unknown compression ({entry.compress_type})")
-        elif max(entry.file_size, entry.compress_size) > MAX_BYTES and not entry.filename.lower().endswith(".zip"):
-            skip(entry.filename, TOO_LONG)
+            yield path, "encrypted"
+        elif method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            yield path, f"unknown compression ({method})"
+        elif max(entry.file_size, packed) > MAX_BYTES and not path.lower().endswith(".zip"):
+            yield path, TOO_LONG
         else:
-            add(entry.filename, read_member, str(archive), entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC)
+            yield path, (read_member, str(archive), entry.header_offset, packed, method, entry.CRC)
 
 
-TOO_LONG = f"more than {MAX_BYTES >> 20} MB"
-
-
-def read_file(path, root):
+def read_file(path):
     """The bytes of a file. Raises OSError, or ValueError with the reason why it is left out."""
-    full = os.path.join(root, path)
-    about = os.stat(full)
+    about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):  # reading a pipe would wait for ever
         raise ValueError("not a regular file")
     if about.st_size > MAX_BYTES:
         raise ValueError(TOO_LONG)
-    with open(full, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file:
         return file.read(about.st_size)
 
 
-def read_member(path, archive, offset, packed, method, crc):
-    """The bytes of an archive's entry, from what its directory says of it; raises ValueError with the reason if damaged.
+def read_member(archive, offset, packed, method, crc):
+    """The bytes of an archive's entry, from what its directory says of it. Raises ValueError with the reason.
 
     Not zipfile: that would read the whole directory, 270,000 entries of an MSLS volume, again in each worker.
     """
@@ -185,7 +187,7 @@ def read_member(path, archive, offset, packed, method, crc):
 class Frame(NamedTuple):
     number: int     # in its sequence
     path: str       # in the tree
-    read: tuple     # (function, *arguments): function(path, *arguments) gives the file's bytes, or a drawn PIL image
+    read: tuple     # (function, *arguments): function(*arguments) gives the file's bytes, or a drawn PIL image
 
 
 def stem(path):
@@ -194,59 +196,58 @@ def stem(path):
 
 
 def read_csv(files, path, skip):
-    """{key: row} of one of MSLS's CSVs, a row a dictionary; None if it is missing or damaged."""
+    """{key: row} of one of MSLS's CSVs, a row a dictionary; empty if it is missing or damaged."""
     if path not in files:
-        return None
+        return {}
     try:
         function, *arguments = files[path]
-        text = function(path, *arguments).decode("utf-8-sig", "surrogateescape")
+        text = function(*arguments).decode("utf-8-sig", "surrogateescape")
         return {row["key"]: row for row in csv.DictReader(io.StringIO(text))}
     except (OSError, ValueError, KeyError, csv.Error, zlib.error) as error:
         skip(path, f"CSV can't be read ({describe(error)})")
+        return {}
 
 
-def find_sequences(files, home, cities, exclude, skip):
+def find_sequences(files, cities, exclude, skip):
     """{(city, sequence): [Frame, …]} of all that the filters let through, from list_files's files.
 
-    MSLS's folders are <city>/{query,database}/images; elsewhere a first-level folder is the city, and `home` the city of
-    images that lie in none. An image without a sequence in seq_info.csv is one by itself.
+    The city is the folder below train_val or test, or below the source, and the source for images that lie in none.
+    An image without a sequence in seq_info.csv is one by itself.
     """
     folders, sequences, missing, found = defaultdict(list), defaultdict(list), Counter(), set()
     for path in files:
         if not path.endswith(".csv"):
             folders[path.rpartition("/")[0]].append(path)
     for folder, paths in sorted(folders.items()):
-        parent, _, last = folder.rpartition("/")
-        msls = last == "images" and parent.split("/")[-1] in ("query", "database")
-        city = (["", *parent.split("/")][-2] if msls else folder.split("/")[0]) or home
+        city = folder.split("/")[:2][-1]
         found.add(city)
         if cities and city.lower() not in cities:
             continue
-        raw, info, post = (read_csv(files, f"{parent}/{name}.csv", skip) if msls else None
-                           for name in ("raw", "seq_info", "postprocessed"))
+        tables = {name: read_csv(files, f"{folder.rpartition('/')[0]}/{name}.csv", skip)
+                  for name in ("raw", "seq_info", "postprocessed")}
         for path in sorted(paths):
             key, row = stem(path), {}
-            for name, table in (("raw", raw), ("seq_info", info), ("postprocessed", post)):
-                if table and key in table:
-                    row.update(table[key])
-                else:
-                    missing[name] += 1
-            flags = {"panorama": row.get("pano"), "night": row.get("night"), "control_panel": row.get("control_panel"),
-                     "sideways": str(row.get("view_direction") == "Sideways")}
-            reason = next((flag for flag in exclude if (flags[flag] or "").lower() in ("true", "1")), None)
-            number = row.get("frame_number") or ""
-            if reason:
-                skip(path, reason)
+            for name, table in tables.items():
+                row.update(table.get(key, {}))
+                missing[name] += key not in table
+            for flag in exclude:
+                _, column, value = FLAGS[flag]
+                if (row.get(column) or "").lower() == value:
+                    skip(path, flag)
+                    break
             else:
-                frame = Frame(int(number) if number.isdecimal() else 0, path, files[path])
-                sequences[city, row.get("sequence_key") or row.get("sequence_id") or path].append(frame)
-    if cities and (unknown := cities - {city.lower() for city in found}):
-        raise InputError(f"--cities: no {', '.join(sorted(unknown))}; there are {', '.join(sorted(found)) or 'no images'}")
+                number = row.get("frame_number") or ""
+                number = int(number[:18]) if number.isdecimal() else 0
+                sequence = row.get("sequence_key") or row.get("sequence_id") or path
+                sequences[city, sequence].append(Frame(number, path, files[path]))
+    if unknown := cities - {city.lower() for city in found}:
+        there = ", ".join(sorted(found)) or "no images"
+        raise InputError(f"--cities: no {', '.join(sorted(unknown))}; there are {there}")
     if missing["seq_info"]:
         print(f"no seq_info.csv for {missing['seq_info']:,} images: each is a sequence of its own")
-    for name, flags in (("raw", {"panorama"}), ("postprocessed", {"night", "control_panel", "sideways"})):
-        if missing[name] and flags & set(exclude):
-            print(f"no {name}.csv for {missing[name]:,} images: not filtered ({', '.join(f for f in exclude if f in flags)})")
+    for name in ("raw", "postprocessed"):
+        if missing[name] and (flags := [flag for flag in exclude if FLAGS[flag][0] == name]):
+            print(f"no {name}.csv for {missing[name]:,} images: not filtered ({', '.join(flags)})")
     return sequences
 
 
@@ -257,9 +258,9 @@ def chance(*words):
 
 
 def split_sequences(sequences, holdout, seed):
-    """[(split, city, sequence, frames), …] in the pack's order. A sequence is held out, or not, in every pack it is in."""
+    """[(split, city, sequence, frames), …] in the pack's order. A sequence held out of one pack is so of every other."""
     held = {key for key in sequences if chance("holdout", *key) < holdout}
-    if len(held) == len(sequences):
+    if held and len(held) == len(sequences):
         print("too few sequences to hold any out: all frames are for training")
         held = set()
     order = sorted(sequences, key=lambda key: (chance("order", seed, *key), key))
@@ -275,7 +276,7 @@ def describe(error):
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {MAX_PIXELS >> 20} million pixels"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0]
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def decode(picture, H, W):
@@ -305,26 +306,18 @@ def decode(picture, H, W):
 
 
 def difference_hash(picture):
-    """A 64-bit int that hardly changes with noise, light or compression: is a cell of 8×8 brighter than the one before?"""
+    """A 64-bit int that hardly changes with noise or light: is each of 8×8 cells brighter than the one on its left?"""
     cells = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX))
     return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big")
 
 
-def start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of us; the parent ends its workers
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    warnings.simplefilter("ignore")  # of odd EXIF and palettes
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # read off the header, before anything is decoded
-
-
 def work(frames, H, W):
-    """[Frame, …] → (uint8 (n, H, W, 3), [hash or reason, …]): a hash for each of the n good ones, else why it is none."""
+    """[Frame, …] → uint8 (n, H, W, 3), [hash or reason, …]: a hash for each of the n good ones, else why it is none."""
     pixels, outcomes = [], []
     for frame in frames:
         try:
             function, *arguments = frame.read
-            picture = decode(function(frame.path, *arguments), H, W)
+            picture = decode(function(*arguments), H, W)
             outcomes.append(difference_hash(picture))
             pixels.append(np.asarray(picture))
         except Exception as error:  # decoders of foreign bytes raise anything; it is this one file's trouble
@@ -332,30 +325,58 @@ def work(frames, H, W):
     return np.array(pixels, np.uint8).reshape(-1, H, W, 3), outcomes
 
 
-def decode_all(frames, size, workers):
-    """Yield (frame, hash or reason, pixels or None) for each of an iterator of (…, Frame), in order.
-
-    A bounded number of tasks is under way, so that memory stays flat however many frames there are.
-    """
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-    tasks = deque()
+def serve(connection, H, W):
+    """A worker process: lists of frames come in, what work makes of them goes out, until the parent is gone."""
+    warnings.simplefilter("ignore")  # of odd EXIF and palettes
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # read off the header, before anything is decoded
     try:
         while True:
-            while len(tasks) < 2 * workers + 2 and (batch := list(islice(frames, BATCH))):
-                tasks.append((batch, pool.submit(work, [frame for *_, frame in batch], *size)))
-            if not tasks:
+            connection.send(work(connection.recv(), H, W))
+    except (EOFError, ConnectionError):
+        pass
+
+
+def decode_all(items, size, workers):
+    """Yield (item, hash or reason, pixels or None) for each of an iterator of (…, Frame), in order.
+
+    A bounded number of batches is under way, so that memory stays flat however many there are. Pipes, because the
+    standard library's pools wait for ever once a worker is killed while it sends.
+    """
+    context, processes, free, busy, results, turn = multiprocessing.get_context("spawn"), [], [], {}, {}, 0
+    batches = enumerate(iter(lambda: list(islice(items, BATCH)), []))
+    resource_tracker.ensure_running()  # now, as its start unblocks signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # and so in the workers: Ctrl-C goes to all, and the parent ends them
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, *size), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            free.append(ours)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        while True:
+            while free and len(results) <= workers and (batch := next(batches, None)):
+                free[-1].send([frame for *_, frame in batch[1]])
+                busy[free.pop()] = batch
+            if not busy and not results:
                 return
-            batch, task = tasks.popleft()
-            pixels, outcomes = task.result()
-            rows = iter(pixels)
-            for item, outcome in zip(batch, outcomes):
-                yield item, outcome, None if isinstance(outcome, str) else next(rows)
-    except BrokenProcessPool:
+            for connection in wait(busy, 0 if turn in results else None):
+                number, batch = busy.pop(connection)
+                results[number] = batch, *connection.recv()
+                free.append(connection)
+            if turn in results:
+                batch, pixels, outcomes = results.pop(turn)
+                rows, turn = iter(pixels), turn + 1
+                for item, outcome in zip(batch, outcomes):
+                    yield item, outcome, None if isinstance(outcome, str) else next(rows)
+    except (EOFError, ConnectionError):
         raise InputError("a worker process was killed, perhaps for want of memory: try fewer --workers") from None
     finally:
-        for child in multiprocessing.active_children():  # they have nothing left to do, or nothing that is wanted
-            child.terminate()
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.kill()  # it has nothing left to do, or nothing that is wanted
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 # ---- drawn streets --------------------------------------------------------------------------------------------------
@@ -363,26 +384,27 @@ def decode_all(frames, size, workers):
 DEMO = 2880         # streets that find_pack draws when there is no data
 DEMO_SEQUENCE = 12  # frames of one street, 7 m apart
 
-# Metres and colours of each city: walls, storeys (least, most), half the road's width, a building's length, the share of
-# plots without one, roofs, trees and how far apart, ground beside the pavement.
+# Each city's look. Colours are hexadecimal RGB; metres: half the road's width, a building's length (least, most), from
+# tree to tree. `gaps` is the share of plots without a building, `ground` what lies beside the pavement.
 CITIES = {
-    "Brickton": dict(walls=[(168, 74, 58), (186, 96, 70), (148, 62, 56)], storeys=(2, 4), road=4.5, length=(7, 11), gaps=0.05,
-                     gable=(92, 84, 92), tree="round", spacing=13, ground=(140, 134, 128)),
-    "Gardenia": dict(walls=[(238, 226, 200), (206, 220, 226), (232, 206, 178)], storeys=(1, 2), road=5, length=(9, 13), gaps=0.45,
-                     gable=(150, 82, 60), tree="round", spacing=8, ground=(104, 158, 70)),
-    "Palmera": dict(walls=[(252, 246, 236), (255, 214, 190), (186, 232, 224), (255, 234, 170)], storeys=(2, 5), road=7,
-                    length=(10, 18), gaps=0.2, gable=None, tree="palm", spacing=11, ground=(214, 198, 150)),
-    "Portside": dict(walls=[(240, 190, 72), (214, 92, 72), (92, 142, 176), (240, 226, 196), (122, 170, 124)], storeys=(3, 4), road=4,
-                     length=(5, 7), gaps=0.0, gable=(160, 70, 50), tree=None, spacing=20, ground=(150, 140, 132)),
-    "Sandville": dict(walls=[(222, 180, 130), (204, 156, 108), (236, 204, 158)], storeys=(1, 3), road=6, length=(8, 14), gaps=0.25,
-                      gable=None, tree="palm", spacing=26, ground=(220, 186, 134)),
-    "Towerby": dict(walls=[(112, 134, 158), (146, 158, 168), (88, 104, 128), (176, 170, 160)], storeys=(8, 22), road=7,
-                    length=(14, 22), gaps=0.08, gable=None, tree="poplar", spacing=16, ground=(130, 130, 134)),
+    "Brickton": dict(walls="a84a3a ba6046 943e38", storeys=(2, 4), road=4.5, length=(7, 11), gaps=0.05, roof="5c545c",
+                     tree="round", spacing=13, ground="8c8680"),
+    "Gardenia": dict(walls="eee2c8 cedce2 e8ceb2", storeys=(1, 2), road=5, length=(9, 13), gaps=0.45, roof="96523c",
+                     tree="round", spacing=8, ground="689e46"),
+    "Palmera": dict(walls="fcf6ec ffd6be bae8e0 ffeaaa", storeys=(2, 5), road=7, length=(10, 18), gaps=0.2, roof=None,
+                    tree="palm", spacing=11, ground="d6c696"),
+    "Portside": dict(walls="f0be48 d65c48 5c8eb0 f0e2c4 7aaa7c", storeys=(3, 4), road=4, length=(5, 7), gaps=0.0,
+                     roof="a04632", tree=None, spacing=20, ground="968c84"),
+    "Sandville": dict(walls="deb482 cc9c6c eccc9e", storeys=(1, 3), road=6, length=(8, 14), gaps=0.25, roof=None,
+                      tree="palm", spacing=26, ground="dcba86"),
+    "Towerby": dict(walls="70869e 929ea8 586880 b0aaa0", storeys=(8, 22), road=7, length=(14, 22), gaps=0.08, roof=None,
+                    tree="poplar", spacing=16, ground="828286"),
 }
-# Through the day: the sky's top and its edge, what the light makes of white, and how many lamps are lit.
-SKIES = [((96, 120, 190), (255, 196, 160), (0.95, 0.80, 0.74), 0.3), ((52, 124, 222), (188, 220, 246), (1.05, 1.03, 1.0), 0.0),
-         ((70, 136, 222), (214, 226, 232), (1.06, 1.0, 0.92), 0.0), ((128, 142, 160), (206, 212, 216), (0.84, 0.87, 0.92), 0.0),
-         ((74, 74, 146), (255, 146, 78), (0.86, 0.62, 0.54), 0.5), ((8, 12, 38), (44, 50, 96), (0.24, 0.27, 0.44), 1.0)]
+CARS = "c42c28 2c54a0 ecece8 282a30 aaaeb2 e2b22a 387854".split()
+# Through the day: the sky's top, its edge, what the light makes of white (1 = 255), and the share of lamps that are lit.
+SKIES = np.array([(96, 120, 190, 255, 196, 160, 0.95, 0.80, 0.74, 0.3), (52, 124, 222, 188, 220, 246, 1.05, 1.03, 1.0, 0.0),
+                  (70, 136, 222, 214, 226, 232, 1.06, 1.00, 0.92, 0.0), (128, 142, 160, 206, 212, 216, 0.84, 0.87, 0.92, 0.0),
+                  (74, 74, 146, 255, 146, 78, 0.86, 0.62, 0.54, 0.5), (8, 12, 38, 44, 50, 96, 0.24, 0.27, 0.44, 1.0)])
 
 
 def demo_sequences(n, seed, image_size):
@@ -391,8 +413,9 @@ def demo_sequences(n, seed, image_size):
     for i in range(n):
         number, frame = divmod(i, DEMO_SEQUENCE)
         city = list(CITIES)[number % len(CITIES)]
-        read = (draw_street, seed, city, number, frame, image_size)
-        sequences[city, f"{number:05d}"].append(Frame(frame, f"demo/{city}/{number:05d}/{frame:02d}", read))
+        path = f"demo/{city}/{number:05d}/{frame:02d}"
+        read = (draw_street, path, seed, city, number, frame, image_size)
+        sequences[city, f"{number:05d}"].append(Frame(frame, path, read))
     return sequences
 
 
@@ -401,275 +424,263 @@ def draw_street(path, seed, city, sequence, frame, image_size):
 
     Everything stands in metres (x right of the middle, y up from the road, z ahead) and is painted from far to near.
     """
-    rng = random.Random(f"{seed}/{city}/{sequence}")
-    style = CITIES[city]
+    rng, look = random.Random(f"{seed}/{city}/{sequence}"), CITIES[city]
+    road, walk, walls = look["road"], look["road"] + 3.5, look["walls"].split()
     height, width = (2 * side for side in frame_size(image_size))
     focal, middle, horizon = 0.62 * width, width * rng.uniform(0.46, 0.54), height * rng.uniform(0.50, 0.56)
-    hour = rng.random() * (len(SKIES) - 1)
-    top, edge, light, lamps = ([a + (b - a) * (hour % 1) for a, b in zip(np.ravel(u), np.ravel(v))]
-                               for u, v in zip(SKIES[int(hour)], SKIES[int(hour) + 1]))
-    lamps, sunny_side = lamps[0], rng.choice((-1, 1))
-    start = 7.0 * frame
+    hour, part = divmod(rng.random() * (len(SKIES) - 1), 1)
+    sky = (SKIES[int(hour)] * (1 - part) + SKIES[int(hour) + 1] * part).tolist()
+    top, edge, light, lamps = sky[:3], sky[3:6], sky[6:9], sky[9]
+    sunny_side, start, end = rng.choice((-1, 1)), 7.0 * frame, 7.0 * DEMO_SEQUENCE + 110
 
     def at(x, y, z):
         return middle + focal * x / z, horizon + focal * (1.8 - y) / z
 
-    def paint(colour, z=0.0, shade=1.0, lit=False):
+    def paint(colour, z, shade=1.0, lit=False):
         fog = 1 - math.exp(-z / 140)
-        day = (1, 1, 1) if lit else light
-        return tuple(int(min(255, c * shade * l) * (1 - fog) + e * fog) for c, l, e in zip(colour, day, edge))
+        return tuple(int(min(255, c * shade * l) * (1 - fog) + e * fog)
+                     for c, l, e in zip(bytes.fromhex(colour), (1, 1, 1) if lit else light, edge))
 
     def quad(colour, *corners):
         canvas.polygon([at(*corner) for corner in corners], colour)
 
-    def block(x0, x1, y0, y1, z, colour):
-        (left, bottom), (right, upper) = at(x0, y0, z), at(x1, y1, z)
-        canvas.rectangle((min(left, right), upper, max(left, right), bottom), colour)
+    def floor(colour, x0, x1, z0, z1):
+        quad(colour, (x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1))
 
-    def disc(x, y, z, radius, colour):
-        (cx, cy), r = at(x, y, z), focal * radius / z
-        canvas.ellipse((cx - r, cy - r, cx + r, cy + r), colour)
+    def wall(colour, x, y0, y1, z0, z1):  # along the street
+        quad(colour, (x, y0, z0), (x, y1, z0), (x, y1, z1), (x, y0, z1))
+
+    def block(colour, x0, x1, y0, y1, z):  # across it
+        canvas.rectangle((*at(min(x0, x1), y1, z), *at(max(x0, x1), y0, z)), colour)
+
+    def disc(colour, x, y, z, rx, ry=None):
+        (x, y), rx, ry = at(x, y, z), focal * rx / z, focal * (ry or rx) / z
+        canvas.ellipse((x - rx, y - ry, x + rx, y + ry), colour)
 
     # Sky: a gradient, sun or moon, clouds or stars, and the far end of the town.
-    image = Image.new("RGB", (width, height))
-    sky = Image.linear_gradient("L").resize((width, int(horizon) + 1))
-    image.paste(ImageOps.colorize(sky, [int(c) for c in top], [int(c) for c in edge]))
+    image, gradient = Image.new("RGB", (width, height)), Image.linear_gradient("L").resize((width, int(horizon) + 1))
+    image.paste(ImageOps.colorize(gradient, [int(c) for c in top], [int(c) for c in edge]))
     canvas = ImageDraw.Draw(image)
-    sun, r = (width * rng.uniform(0.3, 0.7), height * rng.uniform(0.08, 0.3)), height / 28
-    canvas.ellipse((sun[0] - r, sun[1] - r, sun[0] + r, sun[1] + r), (250, 246, 226) if lamps < 0.6 else (226, 230, 240))
+    x, y, r = width * rng.uniform(0.3, 0.7), height * rng.uniform(0.08, 0.3), height / 28
+    canvas.ellipse((x - r, y - r, x + r, y + r), "#faf6e2" if lamps < 0.6 else "#e2e6f0")
+    cloud = tuple(int(0.6 * e + 0.4 * 255 * l) for e, l in zip(edge, light))
     for _ in range(24):
         x, y, big = rng.random() * width, rng.random() ** 1.5 * horizon, rng.random() < 0.5
         if lamps > 0.7:
-            canvas.point((x, y), (220, 224, 240))
+            canvas.point((x, y), "#dce0f0")
         elif big and y < 0.6 * horizon:
             for _ in range(3):
                 r = height * rng.uniform(0.01, 0.035)
                 x += 1.5 * r
-                canvas.ellipse((x - 2 * r, y - r, x + 2 * r, y + r), tuple(int(0.6 * e + 0.4 * 255 * l) for e, l in zip(edge, light)))
-    for i in range(-14, 15):
-        block(8 * i, 8 * i + 8, 0, rng.uniform(6, 12) * (1 + style["storeys"][1] / 12), 160, paint(style["walls"][0], 160, 0.8))
+                canvas.ellipse((x - 2 * r, y - r, x + 2 * r, y + r), cloud)
+    for x in range(-112, 120, 8):
+        block(paint(walls[0], 160, 0.8), x, x + 8, 0, rng.uniform(6, 12) * (1 + look["storeys"][1] / 12), 160)
 
     # Ground: what lies beside, pavement, kerb, road, markings.
-    road, walk = style["road"], style["road"] + 3.5
-    canvas.rectangle((0, horizon, width, height), paint(style["ground"], 20))
-    for half, colour in ((walk, (176, 172, 166)), (road + 0.2, (214, 212, 206)), (road, (86, 88, 94))):
-        quad(paint(colour, 8), (-half, 0, 400), (half, 0, 400), (half, 0, 1), (-half, 0, 1))
-    for z in range(90, -1, -6):
-        near, far = max(1.0, z - start % 6), z - start % 6 + 3
-        if far > near:
-            quad(paint((240, 238, 226), far), (-0.1, 0, far), (0.1, 0, far), (0.1, 0, near), (-0.1, 0, near))
-    for side in (-1, 1):
-        x = side * (road - 0.5)
-        quad(paint((226, 222, 208), 8), (x - 0.06, 0, 90), (x + 0.06, 0, 90), (x + 0.06, 0, 1), (x - 0.06, 0, 1))
+    canvas.rectangle((0, horizon, width, height), paint(look["ground"], 20))
+    for half, colour in ((walk, "b0aca6"), (road + 0.2, "d6d4ce"), (road, "56585e")):
+        floor(paint(colour, 8), -half, half, 1, 400)
+    for far in (z - start % 6 for z in range(93, 2, -6)):
+        if far > 1:
+            floor(paint("f0eee2", far), -0.1, 0.1, max(1.0, far - 3), far)
+    for x in (0.5 - road, road - 0.5):
+        floor(paint("e2ded0", 8), x - 0.06, x + 0.06, 1, 90)
 
-    # What stands along the street: (z, function), the whole street so that each frame of it sees the same.
-    things, end = [], 7.0 * DEMO_SEQUENCE + 110
-
-    def building(side, z0, z1, storeys, colour, plot):
-        near, h, X = max(z0, 1.2), 3.2 * storeys + 0.8, side * walk
+    # What stands along the street, from z on.
+    def building(z, side, length, storeys, colour, plot):
+        x, near, far, h, plot = side * walk, max(z, 1.2), z + length, 3.2 * storeys + 0.8, random.Random(plot)
         shade = 1.0 if side == sunny_side else 0.78
-        quad(paint(colour, near, shade * 0.86), (X, 0, near), (X + side * 9, 0, near), (X + side * 9, h, near), (X, h, near))
-        quad(paint(colour, (near + z1) / 2, shade), (X, 0, near), (X, h, near), (X, h, z1), (X, 0, z1))
-        if style["gable"]:
-            roof = paint(style["gable"], near, shade)
-            quad(roof, (X - side * 0.4, h, near), (X + side * 4, h + 3, near), (X + side * 4, h + 3, z1), (X - side * 0.4, h, z1))
-            quad(paint(colour, near, shade * 0.86), (X, h, near), (X + side * 4, h + 2.8, near), (X + side * 8, h, near))
+        front = paint(colour, near, shade * 0.86)
+        block(front, x, x + side * 9, 0, h, near)
+        wall(paint(colour, (near + far) / 2, shade), x, 0, h, near, far)
+        if look["roof"]:
+            eaves, ridge, tiles = x - side * 0.4, x + side * 4, paint(look["roof"], near, shade)
+            quad(tiles, (eaves, h, near), (ridge, h + 3, near), (ridge, h + 3, far), (eaves, h, far))
+            quad(front, (x, h, near), (ridge, h + 2.8, near), (x + side * 8, h, near))
         else:
-            quad(paint(colour, near, shade * 0.7), (X, h, near), (X, h + 0.5, near), (X, h + 0.5, z1), (X, h, z1))
-        if near > 70:
-            return
-        bays = max(2, int((z1 - z0) / 2.8))
+            wall(paint(colour, near, shade * 0.7), x, h, h + 0.5, near, far)
+        bays = max(2, int(length / 2.8)) if near < 70 else 0
         for bay in range(bays):
-            a, b = (z0 + (z1 - z0) * (bay + cut) / bays for cut in (0.22, 0.78))
-            if b < 1.5:
-                continue
-            for storey in range(storeys):
-                y, shine = 3.2 * storey + (0.9 if storey else 0.2), plot.random()
-                glass = (255, 214, 128) if shine < 0.65 * lamps else (70, 88, 108) if shine < 0.8 else (150, 178, 200)
-                glass = paint(glass, b, 1.0, lit=shine < 0.65 * lamps)
-                quad(glass, (X, y, max(a, 1.3)), (X, y + (1.7 if storey else 2.3), max(a, 1.3)), (X, y + (1.7 if storey else 2.3), b), (X, y, b))
+            a, b = (z + length * (bay + cut) / bays for cut in (0.22, 0.78))
+            for storey in range(storeys if b > 1.5 else 0):
+                y, high, shine = 3.2 * storey + (0.9 if storey else 0.2), 1.7 if storey else 2.3, plot.random()
+                lit = shine < 0.65 * lamps
+                glass = "ffd680" if lit else "46586c" if shine < 0.8 else "96b2c8"
+                wall(paint(glass, b, lit=lit), x, y, y + high, max(a, 1.3), b)
 
-    def tree(x, z, grow):
-        leaf, h = ((70, 134, 58) if grow > 0.4 else (104, 148, 56)), 4.5 + 2 * grow
-        block(x - 0.14, x + 0.14, 0, h, z, paint((104, 80, 60), z))
-        if style["tree"] == "palm":
-            for k in range(7):
-                angle = math.pi * (k + grow) / 6.5
-                tip, bend = at(x + 2.2 * math.cos(angle), h + 1.4 * math.sin(angle) - 0.7, z), at(x + 1.1 * math.cos(angle), h + 0.5 + math.sin(angle), z)
-                canvas.line((at(x, h, z), bend, tip), paint((62, 140, 66), z), max(1, int(0.35 * focal / z)))
-        elif style["tree"] == "poplar":
-            (cx, cy), r = at(x, h - 0.5, z), focal / z
-            canvas.ellipse((cx - 0.9 * r, cy - 3 * r, cx + 0.9 * r, cy + 2.6 * r), paint((58, 112, 62), z))
+    def tree(z, x, grow):
+        h = 4.5 + 2 * grow
+        block(paint("68503c", z), x - 0.14, x + 0.14, 0, h, z)
+        if look["tree"] == "palm":
+            for angle in (math.pi * (k + grow) / 6.5 for k in range(7)):
+                across, up = math.cos(angle), math.sin(angle)
+                frond = at(x, h, z), at(x + 1.1 * across, h + 0.5 + up, z), at(x + 2.2 * across, h - 0.7 + 1.4 * up, z)
+                canvas.line(frond, paint("3e8c42", z), max(1, int(0.35 * focal / z)))
+        elif look["tree"] == "poplar":
+            disc(paint("3a703e", z), x, h - 0.3, z, 0.9, 2.8)
         else:
             for dx, dy, r, shade in ((-0.7, -0.3, 1.4, 0.75), (0.7, 0, 1.4, 0.85), (0, 0.8, 1.5, 1.0)):
-                disc(x + dx, h + dy, z, r, paint(leaf, z, shade))
+                disc(paint("46863a" if grow > 0.4 else "689438", z, shade), x + dx, h + dy, z, r)
 
-    def lamp(x, z):
-        side = 1 if x > 0 else -1
-        block(x - 0.06, x + 0.06, 0, 6, z, paint((70, 74, 80), z))
-        block(x, x - side * 1.3, 5.9, 6.05, z, paint((70, 74, 80), z))
+    def lamp(z, x):
+        reach = x - math.copysign(1.3, x)
+        block(paint("464a50", z), x - 0.06, x + 0.06, 0, 6, z)
+        block(paint("464a50", z), x, reach, 5.9, 6.05, z)
         if lamps > 0.25:
-            disc(x - side * 1.3, 5.8, z, 0.45, paint((255, 226, 150), z, lit=True))
+            disc(paint("ffe296", z, lit=True), reach, 5.8, z, 0.45)
 
-    def car(x, z, colour, oncoming):
-        quad(paint((52, 54, 60), z), (x - 1, 0, z + 3), (x + 1, 0, z + 3), (x + 1, 0, z - 0.3), (x - 1, 0, z - 0.3))  # its shadow
-        for tyre in (-0.9, 0.6):
-            block(x + tyre, x + tyre + 0.3, 0, 0.5, z, paint((26, 26, 30), z))
-        block(x - 0.9, x + 0.9, 0.3, 1.0, z, paint(colour, z))
-        quad(paint(colour, z, 0.9), (x - 0.85, 1.0, z), (x - 0.62, 1.5, z), (x + 0.62, 1.5, z), (x + 0.85, 1.0, z))
-        quad(paint((72, 92, 112), z), (x - 0.7, 1.02, z), (x - 0.54, 1.42, z), (x + 0.54, 1.42, z), (x + 0.7, 1.02, z))
-        shining = (255, 246, 200) if oncoming else (236, 40, 36)
-        for light_x in (-0.85, 0.55):
-            block(x + light_x, x + light_x + 0.3, 0.65, 0.88, z, paint(shining, z, lit=lamps > 0.25))
+    def car(z, x, colour, lights):
+        floor(paint("34363c", z), x - 1, x + 1, z - 0.3, z + 3)  # its shadow
+        for left, right, low, high, part in ((-0.9, -0.6, 0, 0.5, "1a1a1e"), (0.6, 0.9, 0, 0.5, "1a1a1e"),
+                                             (-0.9, 0.9, 0.3, 1, colour), (-0.85, -0.55, 0.65, 0.88, lights),
+                                             (0.55, 0.85, 0.65, 0.88, lights)):
+            block(paint(part, z, lit=part == lights and lamps > 0.25), x + left, x + right, low, high, z)
+        for part, low, high, a, b in ((paint(colour, z, 0.9), 1, 1.5, 0.85, 0.62), (paint("485c70", z), 1.02, 1.42, 0.7, 0.54)):
+            quad(part, (x - a, low, z), (x - b, high, z), (x + b, high, z), (x + a, low, z))  # cabin and window
 
-    def stand(z, draw, *arguments):
-        z -= start
-        if 1.5 < z < 110 or draw is building and -arguments[1] < z < 110:
-            things.append((z, len(things), draw, arguments))
+    things = []  # the whole street is laid out, so that each frame of it sees the same
+
+    def stand(z, draw, *arguments, least=1.5):
+        if least < z - start < 110:
+            things.append((z - start, len(things), draw, arguments))
 
     for side in (-1, 1):
         z = -8.0
         while z < end:
-            length = rng.uniform(*style["length"])
-            if rng.random() >= style["gaps"]:
-                stand(z, building, side, length, rng.randint(*style["storeys"]), rng.choice(style["walls"]), rng.randrange(2 ** 30))
+            length = rng.uniform(*look["length"])
+            if rng.random() >= look["gaps"]:
+                storeys, colour, plot = rng.randint(*look["storeys"]), rng.choice(walls), rng.randrange(2 ** 30)
+                stand(z, building, side, length, storeys, colour, plot, least=-length)
             z += length
-        for z in range(int(rng.uniform(3, 10)), int(end), style["spacing"]):
-            if style["tree"]:
+        for z in range(int(rng.uniform(3, 10)), int(end), look["spacing"]):
+            if look["tree"]:
                 stand(z, tree, side * (road + 1.4), rng.random())
         for z in range(9, int(end), 24):
             stand(z, lamp, side * (road + 0.6))
         z = rng.uniform(4, 16)
         while z < end:
-            colour = rng.choice([(196, 44, 40), (44, 84, 160), (236, 236, 232), (40, 42, 48), (170, 174, 180), (226, 178, 44), (56, 120, 84)])
-            stand(z, car, side * (road - 1.1), colour, side < 0)
+            stand(z, car, side * (road - 1.1), rng.choice(CARS), "fff6c8" if side < 0 else "ec2824")
             z += rng.uniform(7, 40)
     for z, _, draw, arguments in sorted(things, reverse=True):
-        if draw is building:
-            side, length, storeys, colour, plot = arguments
-            building(side, z, z + length, storeys, colour, random.Random(plot))
-        else:
-            draw(arguments[0], z, *arguments[1:])
+        draw(z, *arguments)
     return image
 
 
 # ---- writing the pack -----------------------------------------------------------------------------------------------
 
-class FrameFile:
-    """A .npy file, uint8 (N, H, W, 3), written frame by frame."""
-
-    def __init__(self, path, H, W):
-        self.file, self.shape, self.n = open(path, "wb"), (H, W, 3), 0
-        self.header()
-
-    def header(self):  # of 128 bytes whatever N: NumPy leaves room for it to grow
-        np.lib.format.write_array_header_1_0(self.file, dict(descr="|u1", fortran_order=False, shape=(self.n, *self.shape)))
-
-    def append(self, pixels):
-        self.file.write(pixels)
-        self.n += 1
-
-    def close(self):
-        self.file.seek(0)
-        self.header()
-        self.file.close()
+def write_header(file, n, H, W):
+    """Of 128 bytes whatever n is, so that it can be written again once n is known."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(n, H, W, 3)))
 
 
-class Progress:
-    """One line that says how far it is: renewed in place on a terminal, else printed every ten seconds."""
-
-    def __init__(self, total):
-        self.total, self.began, self.terminal = total, time.monotonic(), sys.stdout.isatty()
-        self.said = self.began
-
-    def show(self, done, last=False):
+def progress(items, total):
+    """Yield from items, and say how far it is: in one line, renewed, on a terminal, else every ten seconds."""
+    terminal, began = sys.stdout.isatty(), time.monotonic()
+    said = began
+    for done, item in enumerate(items, 1):
+        yield item
         now = time.monotonic()
-        if not last and now - self.said < (0.2 if self.terminal else 10):
-            return
-        self.said, rate = now, done / max(now - self.began, 1e-9)
-        left = f"{now - self.began:.0f} s in all" if last else f"{(self.total - done) / max(rate, 1e-9):,.0f} s left"
-        line = f"{done:,} of {self.total:,} images  {rate:,.0f} images/s  {left}"
-        print(f"\r{line:<78}" if self.terminal else line, end="" if self.terminal and not last else "\n", flush=True)
+        if done == total or now - said > (0.2 if terminal else 10):
+            said, rate = now, done / (now - began)
+            line = f"{done:,} of {total:,} images  {rate:,.0f} images/s  {(total - done) / rate:,.0f} s left"
+            print(f"\r{line:<78}" if terminal else line, end="" if terminal and done < total else "\n", flush=True)
 
 
-def prepare(sources, out, image_size=64, cities=(), holdout=0.25, limit=None, duplicates=4, exclude=("panorama",), workers=1,
-            seed=0, demo=None):
-    """Write the pack `out` from `sources` ([Path, …]) or from `demo` drawn streets, and print what is in it.
+def refuse_existing(out):
+    if os.path.lexists(out):
+        raise InputError(f"{out} is there already: name another OUT, or remove it")
+
+
+def write_frames(args, folder):
+    """Write a pack's frames and tables; returns {split: {city: images}} and {reason: images left out}."""
+    (H, W), skipped, rows = frame_size(args.image_size), Counter(), Counter()
+    counts = {split: Counter() for split in SPLITS}
+    with ExitStack() as stack:
+        def create(name, *how, **text):
+            return stack.enter_context(open(folder / name, *how, **text))
+
+        index, skips = (csv.writer(create(name, "w", newline="", encoding="utf-8", errors="surrogateescape"))
+                        for name in ("index.csv", "skipped.csv"))  # names of files may be bytes that are no text
+        files = {split: create(f"{split}.npy", "wb") for split in SPLITS}
+        index.writerow(("split", "row", "city", "sequence", "key", "source file"))
+        skips.writerow(("source file", "reason"))
+
+        def skip(path, reason):
+            skips.writerow((path, reason))
+            skipped[reason.partition(" (")[0]] += 1
+
+        if args.demo:
+            sequences = demo_sequences(args.demo, args.seed, args.image_size)
+        else:
+            cities = {city.lower() for city in args.cities}
+            sequences = find_sequences(list_files(args.sources, skip), cities, args.exclude, skip)
+        plan = split_sequences(sequences, args.holdout, args.seed)
+        del sequences
+        total = sum(len(frames) for *_, frames in plan)
+        most, free = min(total, args.limit or total) * H * W * 3, shutil.disk_usage(folder).free
+        print(f"{total:,} images in {len(plan):,} sequences: {most / 1e9:,.2f} GB at most, {free / 1e9:,.2f} GB free", flush=True)
+
+        for file in files.values():
+            write_header(file, 0, H, W)
+        items = ((split, city, sequence, frame) for split, city, sequence, frames in plan for frame in frames)
+        kept = street = None
+        with closing(decode_all(items, (H, W), args.workers)) as results:
+            for (split, city, sequence, frame), outcome, pixels in progress(results, total):
+                if isinstance(outcome, str):
+                    skip(frame.path, outcome)
+                elif args.duplicates and street == (city, sequence) and (outcome ^ kept).bit_count() <= args.duplicates:
+                    skip(frame.path, "near-duplicate")
+                else:
+                    street, kept = (city, sequence), outcome
+                    index.writerow((split, rows[split], city, sequence, stem(frame.path), frame.path))
+                    files[split].write(pixels)
+                    rows[split] += 1
+                    counts[split][city] += 1
+                    if rows.total() == args.limit:
+                        break
+        for split, file in files.items():
+            write_header(file, rows[split], H, W)
+    return {split: dict(sorted(counts[split].items())) for split in SPLITS}, dict(skipped.most_common())
+
+
+def prepare(args):
+    """Write the pack args.out, from args.sources or as args.demo drawn streets, and print what is in it.
 
     Either the whole pack is there in the end, or nothing. Raises InputError, or OSError where a disk is at fault.
     """
-    if os.path.lexists(out):
-        raise InputError(f"{out} is there already: name another OUT, or remove it")
-    for source in sources:
+    refuse_existing(args.out)
+    for source in args.sources:
         if not source.is_dir() and not zipfile.is_zipfile(source):
-            raise InputError(f"{source} is neither a folder nor a .zip archive" if source.exists() else f"no such folder: {source}")
-    (H, W), counts, skipped = frame_size(image_size), {split: Counter() for split in SPLITS}, Counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work_folder = out.with_name(f"{out.name}.tmp-{os.urandom(4).hex()}")
-    work_folder.mkdir()
+            what = "is neither a folder nor a .zip archive" if source.exists() else "is not there"
+            raise InputError(f"{source} {what}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    folder = args.out.with_name(f"{args.out.name}.tmp-{os.urandom(4).hex()}")
+    folder.mkdir()
     try:
-        text = dict(mode="w", newline="", encoding="utf-8", errors="surrogateescape")  # names may be bytes that are no text
-        files = {split: FrameFile(work_folder / f"{split}.npy", H, W) for split in SPLITS}
-        with open(work_folder / "index.csv", **text) as index, open(work_folder / "skipped.csv", **text) as skips:
-            index, skips = csv.writer(index, lineterminator="\n"), csv.writer(skips, lineterminator="\n")
-            index.writerow(("split", "row", "city", "sequence", "key", "source file"))
-            skips.writerow(("source file", "reason"))
-
-            def skip(path, reason):
-                skips.writerow((path, reason))
-                skipped[reason.partition(" (")[0]] += 1
-
-            if demo:
-                sequences = demo_sequences(demo, seed, image_size)
-            else:
-                tree = list_files(sources, skip)
-                sequences = find_sequences(tree, sources[0].resolve().name, {c.lower() for c in cities}, exclude, skip)
-                del tree
-            plan = split_sequences(sequences, holdout, seed) if sequences else []
-            del sequences
-            total = sum(len(frames) for *_, frames in plan)
-            print(f"{total:,} images in {len(plan):,} sequences: {min(total, limit or total) * H * W * 3 / 1e9:,.2f} GB at most, "
-                  f"{shutil.disk_usage(work_folder).free / 1e9:,.2f} GB free", flush=True)
-            items = ((split, city, sequence, frame) for split, city, sequence, frames in plan for frame in frames)
-            progress, kept, street = Progress(total), None, None
-            with closing(decode_all(items, (H, W), workers)) as results:
-                for done, ((split, city, sequence, frame), outcome, pixels) in enumerate(results, 1):
-                    if isinstance(outcome, str):
-                        skip(frame.path, outcome)
-                    elif duplicates and street == (city, sequence) and (outcome ^ kept).bit_count() <= duplicates:
-                        skip(frame.path, "near-duplicate")
-                    else:
-                        street, kept = (city, sequence), outcome
-                        index.writerow((split, files[split].n, city, sequence, stem(frame.path), frame.path))
-                        files[split].append(pixels)
-                        counts[split][city] += 1
-                    progress.show(done)
-                    if limit and sum(file.n for file in files.values()) == limit:
-                        break
-        for file in files.values():
-            file.close()
-        total = sum(counts["train"].values())
-        if not total:
-            why = ", ".join(f"{reason} ({n:,})" for reason, n in skipped.most_common(3))
-            raise InputError(f"no usable image for training in {' '.join(map(str, sources))}" + (f": {why}" if why else ""))
-        progress.show(done, last=True)
-        draw_preview(work_folder, image_size, seed)
-        arguments = dict(sources=[str(s.resolve()) for s in sources], cities=sorted(cities), holdout=holdout, limit=limit,
-                         duplicates=duplicates, exclude=sorted(exclude), seed=seed, demo=demo)
-        info = dict(format=FORMAT, image_size=image_size, H=H, W=W, counts={s: dict(sorted(counts[s].items())) for s in SPLITS},
-                    files={name: (work_folder / name).stat().st_size for name in FILES}, skipped=dict(sorted(skipped.items())),
+        counts, skipped = write_frames(args, folder)
+        if not counts["train"]:
+            why = ", ".join(f"{reason} ({n:,})" for reason, n in list(skipped.items())[:3])
+            raise InputError(f"no usable image for training in {' '.join(map(str, args.sources))}: {why or 'none at all'}")
+        draw_preview(folder, args.image_size, args.seed)
+        H, W = frame_size(args.image_size)
+        arguments = {name: value for name, value in vars(args).items() if name not in ("paths", "out", "workers")}
+        arguments["sources"] = [str(source.resolve()) for source in args.sources]
+        sizes = {name: (folder / name).stat().st_size for name in FILES}
+        info = dict(format=FORMAT, image_size=args.image_size, H=H, W=W, counts=counts, files=sizes, skipped=skipped,
                     arguments=arguments)
-        (work_folder / "pack.json").write_text(json.dumps(info, indent=1) + "\n")
+        (folder / "pack.json").write_text(json.dumps(info, indent=1) + "\n")
         for name in (*FILES, "pack.json", "."):  # on the disk before the name says that it is
-            descriptor = os.open(work_folder / name, os.O_RDONLY)
+            descriptor = os.open(folder / name, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        os.rename(work_folder, out)
+        refuse_existing(args.out)  # another process may have made it meanwhile
+        os.rename(folder, args.out)
     except BaseException:
-        shutil.rmtree(work_folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     print_tables(counts, skipped)
-    print(f"the pack is {out}; train on it with: python train.py --data {out}")
+    print(f"the pack is {args.out}; train on it with: python train.py --data {args.out}")
 
 
 def draw_preview(folder, image_size, seed):
@@ -688,7 +699,8 @@ def draw_preview(folder, image_size, seed):
         for k in range(4):
             side = rng.uniform(image_size, H)
             left, top = rng.uniform(0, W - side), rng.uniform(0, H - side)
-            window = frame.resize((image_size, image_size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+            box = (left, top, left + side, top + side)
+            window = frame.resize((image_size, image_size), Image.Resampling.BILINEAR, box)
             sheet.paste(window, (x + W + gap + k * (image_size + gap), y + (H - image_size) // 2))
     sheet.save(folder / "preview.png")
 
@@ -702,7 +714,7 @@ def print_tables(counts, skipped):
         for city, n in sorted(cities.items()):
             print(f"{city:<{width}}  {n / total:6.1%}  {n:9,}")
         print(f"{'total':<{width}}  {bool(total):6.1%}  {total:9,}")
-    print("\nleft out: " + (", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common()) or "nothing"))
+    print("\nleft out: " + (", ".join(f"{reason} {n:,}" for reason, n in skipped.items()) or "nothing"))
 
 
 # ---- reading a pack -------------------------------------------------------------------------------------------------
@@ -719,39 +731,32 @@ class Pack(NamedTuple):
 
 def open_pack(folder):
     """The Pack in a folder. Raises InputError, saying what is wrong, if it is none or not what its pack.json says."""
-    folder = Path(folder)
+    folder, arrays = Path(folder), {}
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
+    if not (folder / "pack.json").exists():
+        raise InputError(f"{folder} is no pack: there is no pack.json in it (prepare_data.py makes packs)")
     try:
         info = json.loads((folder / "pack.json").read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{folder} is no pack: there is no pack.json in it (prepare_data.py makes packs)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{folder / 'pack.json'} is damaged ({describe(error)})") from None
-    try:
-        if info["format"] != FORMAT:
-            raise InputError(f"{folder} has format {info['format']}, and this code reads {FORMAT}: prepare it again")
         image_size, H, W = info["image_size"], info["H"], info["W"]
+        if info["format"] != FORMAT:
+            raise ValueError(f"its format is {info['format']}, and this code reads {FORMAT}")
         if type(image_size) is not int or (H, W) != frame_size(image_size):
-            raise ValueError("sizes")
-        shapes = {split: (sum(info["counts"][split].values()), H, W, 3) for split in SPLITS}
-        sizes = {name: info["files"][name] for name in FILES}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{folder / 'pack.json'} is damaged, or not by prepare_data.py: prepare the pack again") from None
-    arrays = {}
-    for name, size in sizes.items():
-        path, split = folder / name, name.partition(".")[0]
-        try:
-            if path.stat().st_size != size:
-                raise InputError(f"{path} has {path.stat().st_size:,} bytes, and pack.json says {size:,}: prepare the pack again")
-            if split in SPLITS:
-                arrays[split] = np.lib.format.open_memmap(path, mode="r")  # never unpickles
-                if arrays[split].shape != shapes[split] or arrays[split].dtype != np.uint8 or not arrays[split].flags.c_contiguous:
-                    raise ValueError("another array than pack.json says")
-        except FileNotFoundError:
-            raise InputError(f"{path} is missing: prepare the pack again") from None
-        except (OSError, ValueError, SyntaxError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({describe(error)}): prepare the pack again") from None
+            raise ValueError(f"frames of {H}×{W} do not go with images of {image_size}")
+        for name in FILES:
+            size, said = (folder / name).stat().st_size, info["files"][name]
+            if size != said:
+                raise ValueError(f"{name} has {size:,} bytes, and pack.json says {said}")
+        for split in SPLITS:
+            array = arrays[split] = np.lib.format.open_memmap(folder / f"{split}.npy", mode="r")  # never unpickles
+            shape = (sum(info["counts"][split].values()), H, W, 3)
+            if array.shape != shape or array.dtype != np.uint8 or not array.flags.c_contiguous:
+                raise ValueError(f"{split}.npy is another array than pack.json says")
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename} is missing: prepare the pack again") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+        why = f"no {error} in pack.json" if isinstance(error, KeyError) else describe(error)
+        raise InputError(f"{folder} is damaged, or not by prepare_data.py ({why}): prepare the pack again") from None
     return Pack(folder, image_size, H, W, arrays["train"], arrays["holdout"], info)
 
 
@@ -768,21 +773,21 @@ def find_pack(data, image_size, out="packs"):
     pack = Path(out, f"{Path(sources[0]).stem if sources else 'demo'}-{image_size}")
     if pack.exists():
         if open_pack(pack).info.get("arguments", {}).get("sources") != sources:
-            raise InputError(f"{pack} is there already, of other images: remove it, or give the pack to train on with --data")
+            raise InputError(f"{pack} is there already, of other images: remove it, or name the pack to train on")
         return pack
     print(f"preparing {pack} from {data or 'drawn streets'}", flush=True)
     # In a process of its own: its workers shall not import what the caller's __main__ imports, nor fork its threads.
-    command = [sys.executable, __file__, "--image-size", str(image_size), *([] if sources else ["--demo", str(DEMO)]), "--", *sources, str(pack)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+    words = [*(sources or ["--demo", str(DEMO)]), str(pack), "--image-size", str(image_size)]
+    with subprocess.Popen([sys.executable, __file__, *words], stderr=subprocess.PIPE) as process:
         try:
-            complaint = process.communicate()[1].decode(errors="replace")
+            complaint = process.communicate()[1].decode(errors="replace").strip()
         except BaseException:
             process.terminate()  # and wait until it has removed what it wrote
             raise
     if process.returncode == 2:
-        raise InputError(complaint.strip().removeprefix("error: "))
+        raise InputError(complaint.removeprefix("error: "))
     if process.returncode:
-        raise InputError(f"preparing {pack} ended with status {process.returncode}: {complaint.strip()}")
+        raise InputError(f"preparing {pack} ended with status {process.returncode}: {complaint}")
     return pack
 
 
@@ -801,40 +806,38 @@ def number(kind, least, most):
     return parse
 
 
-def words(*choices):
-    """An argparse type: 'night,sideways' → ['night', 'sideways'], all of them from `choices` if there are any."""
-    def parse(text):
-        names = [name for name in text.split(",") if name]
-        if wrong := [name for name in names if choices and name not in choices]:
-            raise argparse.ArgumentTypeError(f"no {wrong[0]}; there are {', '.join(choices)}")
-        return names
-    return parse
+def words(text):
+    """An argparse type: 'night,sideways' → ['night', 'sideways']."""
+    return [word for word in text.split(",") if word]
 
 
 def parse_args(argv=None):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="SOURCE… OUT", help="folders of images or archives, .zip files; last, the pack to make")
-    add("--image-size", type=int, choices=(32, 64, 128, 256), default=64, help="of the images to train on (default: 64)")
-    add("--cities", type=words(), action="extend", default=[], metavar="A,B", help="these alone, by the names of their folders")
-    add("--holdout", type=number(float, 0, 0.9), default=0.25, help="share of the sequences kept from training (default: 0.25)")
+    add("paths", nargs="+", type=Path, metavar="SOURCE… OUT", help="folders or .zip files; last, the pack to make")
+    add("--image-size", type=int, choices=(32, 64, 128, 256), default=64, help="to train on (default: 64)")
+    add("--cities", type=words, action="extend", default=[], metavar="A,B", help="these alone, named as their folders")
+    add("--holdout", type=number(float, 0, 0.9), default=0.25, help="share of sequences not trained on (default: 0.25)")
     add("--limit", type=number(int, 1, 10 ** 9), help="images in the pack at most: a fair sample of the cities")
     add("--duplicates", type=number(int, 0, 64), default=4, metavar="BITS",
         help="leave out a frame whose 64-bit hash differs by no more from the one kept before it in its sequence: "
              "4 is standing still, 0 leaves out none (default: 4)")
-    add("--exclude", type=words("night", "control_panel", "sideways"), action="extend", default=[], metavar="A,B",
+    add("--exclude", type=words, action="extend", default=[], metavar="A,B",
         help="leave out frames that MSLS marks so: night, control_panel, sideways")
     add("--panoramas", action="store_true", help="take panoramas too")
     add("--workers", type=number(int, 1, 1024), default=cores, help="processes that decode (default: one a core)")
-    add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of the order of the sequences and of drawn streets (default: 0)")
+    add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of sequences' order and drawn streets (default: 0)")
     add("--demo", type=number(int, 1, 10 ** 7), metavar="N", help="draw N streets; there is no SOURCE then")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     *args.sources, args.out = args.paths
+    if unknown := set(args.exclude) - set(FLAGS):
+        raise InputError(f"argument --exclude: no {', '.join(sorted(unknown))}; there are {', '.join(FLAGS)}")
+    args.exclude += [] if args.panoramas else ["panorama"]
     if args.demo and args.sources:
         raise InputError("--demo draws its own images: leave out SOURCE")
     if not args.demo and not args.sources:
-        raise InputError("SOURCE and OUT are needed, as in: python prepare_data.py photos packs/photos (or --demo 2880 packs/demo)")
+        raise InputError("SOURCE and OUT are needed, as in: prepare_data.py photos packs/photos (or --demo 2880 packs/demo)")
     return args
 
 
@@ -842,9 +845,6 @@ def stop(number, frame):
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)  # once is enough: now it cleans up
     raise KeyboardInterrupt(number)
-
-
-STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(argv=None):
@@ -855,8 +855,7 @@ def main(argv=None):
         signal.signal(each, stop)
     try:
         args = parse_args(argv)
-        prepare(args.sources, args.out, args.image_size, args.cities, args.holdout, args.limit, args.duplicates,
-                [*args.exclude, *([] if args.panoramas else ["panorama"])], args.workers, args.seed, args.demo)
+        prepare(args)
     except InputError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except OSError as error:

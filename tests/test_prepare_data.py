@@ -6,10 +6,12 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,16 @@ def street(seed, size=(160, 120)):
 def encode(image, kind="JPEG", **kwargs):
     image.save(data := io.BytesIO(), kind, **kwargs)
     return data.getvalue()
+
+
+def interlaced(image):
+    """A PNG in Adam7's seven passes, which PIL reads but does not write."""
+    pixels, data = np.asarray(image), b""
+    for y, x, dy, dx in ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)):
+        data += b"".join(b"\0" + line.tobytes() for line in pixels[y::dy, x::dx])
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 1), b"IDAT": zlib.compress(data), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+                                          for kind, body in chunks.items())
 
 
 def rows(path):
@@ -156,6 +168,17 @@ def test_missing_metadata_mean_no_filter_and_a_sequence_an_image_and_it_says_so(
     assert {row["city"] for row in index} == {"paris", "zurich"}, "a limit is a sample of all"
 
 
+@pytest.mark.parametrize("table", [b"", b"\0\0\0", b"key\n", b",lat,lon\n0,1,2\n", "key,sequence_key\na,b\n".encode("utf-16"),
+                                   b'key,sequence_key\n"' + b"x" * 200_000, b",key,sequence_key,frame_number\n0,paris00,s," + b"9" * 5000])
+def test_odd_metadata_are_said_and_no_more(table, msls):
+    home, said = "train_val/paris/query", []
+    files = {name: (lambda data: data, data) for name, data in msls.items()} | {f"{home}/seq_info.csv": (lambda: table,)}
+    files = {name: (read[0], *read[1:]) for name, read in files.items()}
+    sequences = prepare_data.find_sequences(files, {"paris"}, ["panorama"], lambda path, reason: said.append((path, reason)))
+    assert sum(map(len, sequences.values())) == 39, "all but the panorama"
+    assert {path for path, reason in said if reason != "panorama"} <= {f"{home}/seq_info.csv"}
+
+
 def test_near_duplicates_go_unless_they_are_wanted(msls, tmp_path):
     files = dict(msls)
     home = "train_val/paris/query/images"
@@ -185,14 +208,12 @@ def test_every_kind_of_picture_becomes_a_right_frame(tmp_path):
         "UPPER.PNG": encode(image, "PNG"), "name with spaces, ünïcödé.webp": encode(image, "WEBP"),
         "moving.gif": encode(image, "GIF", save_all=True, append_images=[Image.new("RGB", image.size)]),
         "portrait/tall.bmp": encode(image.resize((90, 300)), "BMP"), "png named.jpg": encode(image, "PNG"),
-        "scan.tiff": encode(image, "TIFF"),
+        "scan.tiff": encode(image, "TIFF"), "interlaced.png": interlaced(image), "bytes \udcff\udcfe.jpg": encode(image),
+        "two\r\nlines, a \"quote\".jpg": encode(image), "-dash.jpg": encode(image),
     }
-    write_tree(tmp_path / "in", pictures)
-    with open(os.fsencode(tmp_path / "in") + b"/b\xff\xfe.jpg", "wb") as file:
-        file.write(encode(image))
-    run(*PREPARE, tmp_path / "in", tmp_path / "out", "--holdout", 0, "--duplicates", 0)
+    run(*PREPARE, write_tree(tmp_path / "in", pictures), tmp_path / "out", "--holdout", 0)
     index = rows(tmp_path / "out" / "index.csv")
-    assert {row["source file"] for row in index} == {*pictures, "b\udcff\udcfe.jpg"} and reasons(tmp_path / "out") == {}
+    assert {row["source file"] for row in index} == {f"in/{name}" for name in pictures} and reasons(tmp_path / "out") == {}
     for row, frame in zip(index, open_pack(tmp_path / "out").train.astype(int)):
         above, below = frame[4:14, 5:-5], frame[26:36, 5:-5]
         assert abs(above - (220, 30, 30)).mean() < 25 and abs(below - (30, 30, 220)).mean() < 25, row["source file"]
@@ -218,17 +239,17 @@ def test_what_is_no_picture_is_listed_with_the_reason_and_the_rest_goes_on(tmp_p
     os.symlink(folder / "nowhere", folder / "dangling.jpg")
     out = tmp_path / "out"
     text = run(*PREPARE, folder, out, timeout=60).stdout
-    assert set(reasons(out)) == {*bad, "pipe.jpg", "dangling.jpg"} and all(reasons(out).values())
+    assert set(reasons(out)) == {f"in/{name}" for name in (*bad, "pipe.jpg", "dangling.jpg")} and all(reasons(out).values())
     assert len(rows(out / "index.csv")) == 8 and "left out: " in text
-    assert "pixels" in reasons(out)["huge.png"] and "empty" in reasons(out)["empty.jpg"]
+    assert "pixels" in reasons(out)["in/huge.png"] and "empty" in reasons(out)["in/empty.jpg"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(getattr(os, "geteuid", int)() == 0, reason="root may read everything")
 def test_a_file_without_permission_is_listed(tmp_path):
     folder = write_tree(tmp_path / "in", {f"{i}.jpg": encode(street(i)) for i in range(4)})
     (folder / "0.jpg").chmod(0)
     run(*PREPARE, folder, tmp_path / "out")
-    assert "ermission" in reasons(tmp_path / "out")["0.jpg"]
+    assert "ermission" in reasons(tmp_path / "out")["in/0.jpg"]
 
 
 def test_a_folder_of_folders_has_a_city_each(tmp_path):
@@ -241,25 +262,39 @@ def test_a_folder_of_folders_has_a_city_each(tmp_path):
     assert "already" in again.stderr, "an OUT that exists is left as it is"
 
 
+def test_two_folders_of_photos_keep_the_images_of_both(tmp_path):
+    for name, seed in (("spring", 0), ("autumn", 100)):
+        write_tree(tmp_path / name, {f"IMG_{i}.jpg": encode(street(seed + i)) for i in range(4)} | {"sea/IMG_0.jpg": encode(street(seed + 9))})
+    run(*PREPARE, tmp_path / "spring", "--holdout", 0, tmp_path / "autumn", "--limit", 99, tmp_path / "out")
+    index = rows(tmp_path / "out" / "index.csv")
+    assert {row["source file"] for row in index} == {f"{name}/{file}" for name in ("spring", "autumn") for file in
+                                                     ("IMG_0.jpg", "IMG_1.jpg", "IMG_2.jpg", "IMG_3.jpg", "sea/IMG_0.jpg")}
+    assert {row["city"] for row in index} == {"spring", "autumn", "sea"} and reasons(tmp_path / "out") == {}
+
+
 # ---- any archive ----------------------------------------------------------------------------------------------------
 
 def test_nothing_in_an_archive_breaks_out_or_in(tmp_path):
     good, path = {f"Bath/{i}.jpg": encode(street(i)) for i in range(8)}, tmp_path / "in" / "a.zip"
-    write_zip(path, good | {"../out.jpg": encode(street(20)), "/abs.jpg": encode(street(21)), "inner.zip": b"PK", "bomb.jpg": bytes(200 << 20)})
+    write_zip(path, good | {"../out.jpg": encode(street(20)), "/abs.jpg": encode(street(21)), "inner.zip": b"PK", "bomb.jpg": bytes(65 << 20),
+                           "lies.jpg": bytes(65 << 20)})
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("Bath/0.jpg", good["Bath/1.jpg"])
     data = bytearray(path.read_bytes())
-    secret, damaged = (data.rfind(name) for name in (b"Bath/6.jpg", b"Bath/7.jpg"))  # in the archive's directory
-    data[secret - 46 + 8] |= 1  # encrypted, it says
+    secret, lies = (data.rfind(name) - 46 for name in (b"Bath/6.jpg", b"lies.jpg"))  # where the directory tells of them
+    data[secret + 8] |= 1  # encrypted, it says
+    data[lies + 24:lies + 28] = struct.pack("<I", 1000)  # bytes when unpacked, it says
     data[data.find(b"Bath/7.jpg") + 200] ^= 255
     path.write_bytes(data)
     (tmp_path / "in" / "b.zip").write_bytes(bytes(data)[:len(data) // 2])
     before = set(tmp_path.rglob("*"))
     run(*PREPARE, tmp_path / "in", tmp_path / "out", "--duplicates", 0)
     why = reasons(tmp_path / "out")
-    assert {"../out.jpg", "/abs.jpg", "inner.zip", "bomb.jpg", "Bath/0.jpg", "Bath/6.jpg", "Bath/7.jpg", "b.zip"} == set(why)
-    assert "encrypted" in why["Bath/6.jpg"] and "damaged" in why["Bath/7.jpg"] and "replaced" in why["Bath/0.jpg"]
-    assert {row["source file"] for row in rows(tmp_path / "out" / "index.csv")} == {f"Bath/{i}.jpg" for i in range(6)}
+    assert {f"in/{name}" for name in ("../out.jpg", "/abs.jpg", "inner.zip", "bomb.jpg", "lies.jpg", "Bath/0.jpg", "Bath/6.jpg",
+                                      "Bath/7.jpg", "b.zip")} == set(why)
+    assert "encrypted" in why["in/Bath/6.jpg"] and "damaged" in why["in/Bath/7.jpg"] and "replaced" in why["in/Bath/0.jpg"]
+    assert "64 MB" in why["in/bomb.jpg"] and "64 MB" in why["in/lies.jpg"]
+    assert {row["source file"] for row in rows(tmp_path / "out" / "index.csv")} == {f"in/Bath/{i}.jpg" for i in range(6)}
     assert {p for p in set(tmp_path.rglob("*")) - before if p != tmp_path / "out" and tmp_path / "out" not in p.parents} == set()
 
 
@@ -314,6 +349,57 @@ def test_a_signal_ends_it_with_its_status_and_leaves_nothing(signum, tmp_path):
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == -signum and stderr == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_worker_is_one_line_and_leaves_nothing(tmp_path):
+    process = subprocess.Popen(command("prepare_data.py", "--demo", 100_000, "--workers", 2, tmp_path / "out"), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    time.sleep(1)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2 and stderr.startswith("error: a worker process was killed") and stderr.count("\n") == 1, stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kill_9_leaves_no_worker_behind_and_no_pack(tmp_path):
+    process = subprocess.Popen(command("prepare_data.py", "--demo", 100_000, tmp_path / "out"), stdout=subprocess.PIPE)
+    process.stdout.readline()
+    time.sleep(1)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()  # ends when the last of them has let go of stdout
+    assert workers and not any(Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+                               for pid in workers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_second_of_two_runs_into_the_same_folder_is_refused(tmp_path):
+    runs = [subprocess.Popen(command("prepare_data.py", "--demo", 48, "--image-size", 32, "--seed", seed, tmp_path / "out"),
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for seed in (1, 2)]
+    said = [process.communicate(timeout=60)[1] for process in runs]
+    assert sorted(process.returncode for process in runs) == [0, 2]
+    assert "".join(said).startswith("error: ") and "already" in "".join(said) and "".join(said).count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and len(open_pack(tmp_path / "out").train)
+
+
+def test_memory_stays_flat(tmp_path):
+    """A pack larger than all memory it takes, workers included."""
+    photo = write_tree(tmp_path / "in", {"0.jpg": encode(street(0, (640, 480)))}) / "0.jpg"
+    for i in range(1, 1000):
+        os.link(photo, photo.with_name(f"{i}.jpg"))
+    peak = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    words = command("prepare_data.py", "--image-size", 128, "--workers", 2, "--holdout", 0, tmp_path / "in", tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", peak, *words], capture_output=True, text=True, check=True)
+    size = (tmp_path / "out" / "train.npy").stat().st_size
+    assert size == 128 + 1000 * 160 * 214 * 3 and int(done.stdout.split()[-1]) * 1024 < size
+
+
+def children(pid):
+    """Process ids of the workers that a script has started."""
+    found = {int(task.name): (task / "cmdline").read_bytes() for path in Path(f"/proc/{pid}/task").glob("*/children")
+             for task in map(Path("/proc").joinpath, path.read_text().split())}
+    return [pid for pid, words in found.items() if b"spawn_main" in words]
 
 
 def damage(pack, how):
