@@ -168,8 +168,9 @@ def op_list(text, default, flag):
     names = [w for line in words for w in line.split("#")[0].replace(",", " ").split()]
     ops = set(default) if names and all(n[0] in "+-" for n in names) else set()
     for name in names:
-        if not name.lstrip("+-").isidentifier() or not hasattr(torch.ops.aten, name.lstrip("+-")):
-            raise InputError(f"{flag} {text}: torch has no op named '{name.lstrip('+-')}'")
+        op = name.lstrip("+-")
+        if not op.isidentifier() or not isinstance(getattr(torch.ops.aten, op, None), torch._ops.OpOverloadPacket):
+            raise InputError(f"{flag} {text}: torch has no op named '{op}'")
         if name.startswith("-") and name[1:] not in ops:
             raise InputError(f"{flag} {text}: {name[1:]} is not on the list")
         ops.discard(name[1:]) if name.startswith("-") else ops.add(name.lstrip("+"))

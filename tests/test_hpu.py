@@ -290,6 +290,7 @@ def test_lists_are_files_names_or_changes_by_a_name(tmp_path):
 @pytest.mark.parametrize("words, culprit", [
     (["--bf16-ops", "no/such/file.txt"], "no/such/file.txt"),
     (["--bf16-ops", "conv2d,conv2x"], "conv2x"),
+    (["--bf16-ops", "conv2d,name"], "'name'"),
     (["--fp32-ops", "+conv2d"], "conv2d"),
     (["--fp32-ops", "-gelu"], "gelu"),
     (["--bf16-ops", ","], "--bf16-ops"),
