@@ -11,8 +11,8 @@
 A pack is a folder with train.npy and holdout.npy (plain NumPy, uint8 (N, H, W, 3)), index.csv (split, row, city,
 sequence, key, source file), skipped.csv (source file, reason), preview.png (frames beside windows of them, as training
 sees them) and pack.json. Sequences stand in random order, the frames of each in theirs: any slice of a pack samples all
-its cities. Archives are read in place. Several SOURCEs are laid over each other: of files with the same path in MSLS the
-later one wins. MSLS: Warburg et al. 2020, Mapillary Street-Level Sequences, https://github.com/mapillary/mapillary_sls.
+its cities. Archives are read in place. Parts of MSLS in several SOURCEs are laid over each other, and the later file of
+the same path wins. MSLS: Warburg et al. 2020, Mapillary Street-Level Sequences, github.com/mapillary/mapillary_sls
 """
 import argparse
 import csv
@@ -86,9 +86,9 @@ def frame_size(image_size):
 def list_files(sources, skip):
     """{path in the tree: (function, *arguments)} of all images and CSVs; function(*arguments) gives the bytes.
 
-    `sources` are folders and .zip files; skip(path, reason) hears of what can't be read. Archives in a folder are read in
-    the order of their names, patches last, and before the files beside them. Paths begin as MSLS's do, and those of other
-    images with the name of their source: two folders of photos both have an IMG_0001.jpg.
+    `sources` are folders and .zip files; skip(path, reason) hears of what can't be read. Archives in a folder are read
+    in the order of their names, patches last, and before the files beside them. Paths begin as MSLS's do, and those of
+    other images with the name of their source: two folders of photos both have an IMG_0001.jpg.
     """
     files = {}
     for source in map(Path, map(os.path.abspath, sources)):
@@ -258,7 +258,7 @@ def chance(*words):
 
 
 def split_sequences(sequences, holdout, seed):
-    """[(split, city, sequence, frames), …] in the pack's order. A sequence held out of one pack is so of every other."""
+    """[(split, city, sequence, frames), …] in the pack's order. A sequence is held out of every pack or none."""
     held = {key for key in sequences if chance("holdout", *key) < holdout}
     if held and len(held) == len(sequences):
         print("too few sequences to hold any out: all frames are for training")
@@ -327,6 +327,7 @@ def work(frames, H, W):
 
 def serve(connection, H, W):
     """A worker process: lists of frames come in, what work makes of them goes out, until the parent is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes there what it thinks of a file
     warnings.simplefilter("ignore")  # of odd EXIF and palettes
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # read off the header, before anything is decoded
@@ -346,7 +347,7 @@ def decode_all(items, size, workers):
     context, processes, free, busy, results, turn = multiprocessing.get_context("spawn"), [], [], {}, {}, 0
     batches = enumerate(iter(lambda: list(islice(items, BATCH)), []))
     resource_tracker.ensure_running()  # now, as its start unblocks signals
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # and so in the workers: Ctrl-C goes to all, and the parent ends them
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # in the workers too: Ctrl-C goes to all, the parent ends them
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
@@ -401,10 +402,10 @@ CITIES = {
                     tree="poplar", spacing=16, ground="828286"),
 }
 CARS = "c42c28 2c54a0 ecece8 282a30 aaaeb2 e2b22a 387854".split()
-# Through the day: the sky's top, its edge, what the light makes of white (1 = 255), and the share of lamps that are lit.
-SKIES = np.array([(96, 120, 190, 255, 196, 160, 0.95, 0.80, 0.74, 0.3), (52, 124, 222, 188, 220, 246, 1.05, 1.03, 1.0, 0.0),
-                  (70, 136, 222, 214, 226, 232, 1.06, 1.00, 0.92, 0.0), (128, 142, 160, 206, 212, 216, 0.84, 0.87, 0.92, 0.0),
-                  (74, 74, 146, 255, 146, 78, 0.86, 0.62, 0.54, 0.5), (8, 12, 38, 44, 50, 96, 0.24, 0.27, 0.44, 1.0)])
+SKIES = np.array([  # through the day: the sky's top, its edge, what light makes of white, the share of lamps lit
+    (96, 120, 190, 255, 196, 160, 0.95, 0.80, 0.74, 0.3), (52, 124, 222, 188, 220, 246, 1.05, 1.03, 1.00, 0.0),
+    (70, 136, 222, 214, 226, 232, 1.06, 1.00, 0.92, 0.0), (128, 142, 160, 206, 212, 216, 0.84, 0.87, 0.92, 0.0),
+    (74, 74, 146, 255, 146, 78, 0.86, 0.62, 0.54, 0.5), (8, 12, 38, 44, 50, 96, 0.24, 0.27, 0.44, 1.0)])
 
 
 def demo_sequences(n, seed, image_size):
@@ -535,8 +536,8 @@ def draw_street(path, seed, city, sequence, frame, image_size):
                                              (-0.9, 0.9, 0.3, 1, colour), (-0.85, -0.55, 0.65, 0.88, lights),
                                              (0.55, 0.85, 0.65, 0.88, lights)):
             block(paint(part, z, lit=part == lights and lamps > 0.25), x + left, x + right, low, high, z)
-        for part, low, high, a, b in ((paint(colour, z, 0.9), 1, 1.5, 0.85, 0.62), (paint("485c70", z), 1.02, 1.42, 0.7, 0.54)):
-            quad(part, (x - a, low, z), (x - b, high, z), (x + b, high, z), (x + a, low, z))  # cabin and window
+        for part, shade, low, high, a, b in ((colour, 0.9, 1, 1.5, 0.85, 0.62), ("485c70", 1, 1.02, 1.42, 0.7, 0.54)):
+            quad(paint(part, z, shade), (x - a, low, z), (x - b, high, z), (x + b, high, z), (x + a, low, z))
 
     things = []  # the whole street is laid out, so that each frame of it sees the same
 
@@ -619,7 +620,8 @@ def write_frames(args, folder):
         del sequences
         total = sum(len(frames) for *_, frames in plan)
         most, free = min(total, args.limit or total) * H * W * 3, shutil.disk_usage(folder).free
-        print(f"{total:,} images in {len(plan):,} sequences: {most / 1e9:,.2f} GB at most, {free / 1e9:,.2f} GB free", flush=True)
+        print(f"{total:,} images in {len(plan):,} sequences: {most / 1e9:,.2f} GB at most, {free / 1e9:,.2f} GB free",
+              flush=True)
 
         for file in files.values():
             write_header(file, 0, H, W)
@@ -652,8 +654,8 @@ def prepare(args):
     refuse_existing(args.out)
     for source in args.sources:
         if not source.is_dir() and not zipfile.is_zipfile(source):
-            what = "is neither a folder nor a .zip archive" if source.exists() else "is not there"
-            raise InputError(f"{source} {what}")
+            what = "neither a folder nor a .zip archive" if source.exists() else "no such folder"
+            raise InputError(f"{what}: {source}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     folder = args.out.with_name(f"{args.out.name}.tmp-{os.urandom(4).hex()}")
     folder.mkdir()
@@ -661,7 +663,7 @@ def prepare(args):
         counts, skipped = write_frames(args, folder)
         if not counts["train"]:
             why = ", ".join(f"{reason} ({n:,})" for reason, n in list(skipped.items())[:3])
-            raise InputError(f"no usable image for training in {' '.join(map(str, args.sources))}: {why or 'none at all'}")
+            raise InputError(f"no image to train on in {' '.join(map(str, args.sources))}: {why or 'too few, or none'}")
         draw_preview(folder, args.image_size, args.seed)
         H, W = frame_size(args.image_size)
         arguments = {name: value for name, value in vars(args).items() if name not in ("paths", "out", "workers")}
@@ -806,25 +808,20 @@ def number(kind, least, most):
     return parse
 
 
-def words(text):
-    """An argparse type: 'night,sideways' → ['night', 'sideways']."""
-    return [word for word in text.split(",") if word]
-
-
 def parse_args(argv=None):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    names = dict(type=lambda text: re.findall("[^,]+", text), action="extend", default=[], metavar="A,B")
     add("paths", nargs="+", type=Path, metavar="SOURCE… OUT", help="folders or .zip files; last, the pack to make")
     add("--image-size", type=int, choices=(32, 64, 128, 256), default=64, help="to train on (default: 64)")
-    add("--cities", type=words, action="extend", default=[], metavar="A,B", help="these alone, named as their folders")
+    add("--cities", **names, help="these alone, named as their folders")
     add("--holdout", type=number(float, 0, 0.9), default=0.25, help="share of sequences not trained on (default: 0.25)")
     add("--limit", type=number(int, 1, 10 ** 9), help="images in the pack at most: a fair sample of the cities")
     add("--duplicates", type=number(int, 0, 64), default=4, metavar="BITS",
         help="leave out a frame whose 64-bit hash differs by no more from the one kept before it in its sequence: "
              "4 is standing still, 0 leaves out none (default: 4)")
-    add("--exclude", type=words, action="extend", default=[], metavar="A,B",
-        help="leave out frames that MSLS marks so: night, control_panel, sideways")
+    add("--exclude", **names, help="leave out frames that MSLS marks so: night, control_panel, sideways")
     add("--panoramas", action="store_true", help="take panoramas too")
     add("--workers", type=number(int, 1, 1024), default=cores, help="processes that decode (default: one a core)")
     add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of sequences' order and drawn streets (default: 0)")
@@ -833,11 +830,12 @@ def parse_args(argv=None):
     *args.sources, args.out = args.paths
     if unknown := set(args.exclude) - set(FLAGS):
         raise InputError(f"argument --exclude: no {', '.join(sorted(unknown))}; there are {', '.join(FLAGS)}")
-    args.exclude += [] if args.panoramas else ["panorama"]
+    if not args.panoramas:
+        args.exclude = [*args.exclude, "panorama"]
     if args.demo and args.sources:
         raise InputError("--demo draws its own images: leave out SOURCE")
     if not args.demo and not args.sources:
-        raise InputError("SOURCE and OUT are needed, as in: prepare_data.py photos packs/photos (or --demo 2880 packs/demo)")
+        raise InputError("SOURCE and OUT are needed, as in: prepare_data.py photos packs/x, or --demo 96 packs/demo")
     return args
 
 

@@ -157,6 +157,7 @@ def test_filters_leave_out_what_the_metadata_say(packed, tree, tmp_path):
     keys = {row["key"] for row in rows(tmp_path / "all" / "index.csv")}
     assert keys == {f"paris{i:02d}" for i in range(40) if i % 5 in (0, 4)}
     assert "zurich" in run(*PREPARE, tree, tmp_path / "no", "--cities", "atlantis", status=2).stderr
+    assert "sideways" in run(*PREPARE, tree, tmp_path / "no", "--exclude", "nigth", status=2).stderr
 
 
 def test_missing_metadata_mean_no_filter_and_a_sequence_an_image_and_it_says_so(msls, tmp_path):
@@ -230,15 +231,17 @@ def test_grey_and_deep_pictures_keep_their_light(tmp_path):
 
 def test_what_is_no_picture_is_listed_with_the_reason_and_the_rest_goes_on(tmp_path):
     good = encode(street(1))
-    huge = encode(Image.new("1", (30_000, 30_000)), "PNG")
+    huge, fax = encode(Image.new("1", (30_000, 30_000)), "PNG"), encode(street(2).convert("1"), "TIFF", compression="tiff_lzw")
     bad = {"empty.jpg": b"", "text.jpg": b"hello", "cut.jpg": good[:len(good) // 2], "dot.png": encode(Image.new("RGB", (1, 1)), "PNG"),
-           "huge.png": huge, "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n"}
+           "huge.png": huge, "fax.tif": fax[:60] + b"\xa5" * 40 + fax[100:200], "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n"}
     folder = write_tree(tmp_path / "in", bad | {f"good{i}.jpg": encode(street(i)) for i in range(8)})
     os.mkfifo(folder / "pipe.jpg")
     os.symlink(folder, folder / "loop")
     os.symlink(folder / "nowhere", folder / "dangling.jpg")
     out = tmp_path / "out"
-    text = run(*PREPARE, folder, out, timeout=60).stdout
+    done = run(*PREPARE, folder, out, timeout=60)
+    text = done.stdout
+    assert done.stderr == "", "what decoders written in C have to say is in skipped.csv"
     assert set(reasons(out)) == {f"in/{name}" for name in (*bad, "pipe.jpg", "dangling.jpg")} and all(reasons(out).values())
     assert len(rows(out / "index.csv")) == 8 and "left out: " in text
     assert "pixels" in reasons(out)["in/huge.png"] and "empty" in reasons(out)["in/empty.jpg"]
