@@ -1,4 +1,5 @@
 """Training is trusted for a week: whatever is killed, cut, full, foreign or mistyped, the run goes on or says why not."""
+import copy
 import json
 import math
 import os
@@ -107,6 +108,44 @@ def straight(pack, tmp_path_factory):
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
+
+def test_a_step_is_that_of_the_plain_loop_to_rounding():
+    """Twenty steps beside DCGAN as everybody writes it: real and fake backward apart, nothing frozen, torch's plain Adam."""
+    args, cpu = train.parse_args([*TINY, "--data", ""]), torch.device("cpu")
+    torch.manual_seed(0)
+    G, D = (net.apply(model.init_weights) for net in (model.Generator(32, 8, 4), model.Discriminator(32, 4)))
+    plain_G, plain_D = copy.deepcopy(G), copy.deepcopy(D)
+    optimizers = [train.make_optimizer(net, args, cpu) for net in (G, D)]
+    step = train.make_step(G, D, *optimizers, torch.amp.GradScaler("cpu", enabled=False), args, cpu, torch.float32)
+    adam_G, adam_D = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (plain_G, plain_D))
+    bce = torch.nn.BCEWithLogitsLoss()
+
+    def plain_step(frames):
+        real, z = model.cut_windows(frames, 32), torch.randn(16, 8)
+        plain_D.zero_grad()
+        loss_real = bce(plain_D(real), torch.ones(16))
+        loss_real.backward()
+        fake = plain_G(z)
+        loss_fake = bce(plain_D(fake.detach()), torch.zeros(16))
+        loss_fake.backward()
+        adam_D.step()
+        plain_G.zero_grad()
+        loss_G = bce(plain_D(fake), torch.ones(16))
+        loss_G.backward()
+        adam_G.step()
+        return torch.stack([loss_real + loss_fake, loss_G]).detach()
+
+    for i in range(20):
+        frames = torch.randint(0, 256, (16, 40, 54, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        losses = []
+        for one in (step, plain_step):
+            torch.manual_seed(i)
+            losses.append(one(frames)[:2])
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    for net, plain in ((G, plain_G), (D, plain_D)):
+        for a, b in zip(net.state_dict().values(), plain.state_dict().values()):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
+
 
 def test_a_run_learns_and_says_how_it_goes(straight, pack):
     out, text = straight
