@@ -385,27 +385,17 @@ def decode_all(items, size, workers):
 DEMO = 2880         # streets that find_pack draws when there is no data
 DEMO_SEQUENCE = 12  # frames of one street, 7 m apart
 
-# Each city's look. Colours are hexadecimal RGB; metres: half the road's width, a building's length (least, most), from
-# tree to tree. `gaps` is the share of plots without a building, `ground` what lies beside the pavement.
-CITIES = {
-    "Brickton": dict(walls="a84a3a ba6046 943e38", storeys=(2, 4), road=4.5, length=(7, 11), gaps=0.05, roof="5c545c",
-                     tree="round", spacing=13, ground="8c8680"),
-    "Gardenia": dict(walls="eee2c8 cedce2 e8ceb2", storeys=(1, 2), road=5, length=(9, 13), gaps=0.45, roof="96523c",
-                     tree="round", spacing=8, ground="689e46"),
-    "Palmera": dict(walls="fcf6ec ffd6be bae8e0 ffeaaa", storeys=(2, 5), road=7, length=(10, 18), gaps=0.2, roof=None,
-                    tree="palm", spacing=11, ground="d6c696"),
-    "Portside": dict(walls="f0be48 d65c48 5c8eb0 f0e2c4 7aaa7c", storeys=(3, 4), road=4, length=(5, 7), gaps=0.0,
-                     roof="a04632", tree=None, spacing=20, ground="968c84"),
-    "Sandville": dict(walls="deb482 cc9c6c eccc9e", storeys=(1, 3), road=6, length=(8, 14), gaps=0.25, roof=None,
-                      tree="palm", spacing=26, ground="dcba86"),
-    "Towerby": dict(walls="70869e 929ea8 586880 b0aaa0", storeys=(8, 22), road=7, length=(14, 22), gaps=0.08, roof=None,
-                    tree="poplar", spacing=16, ground="828286"),
+# Shapes are few, large and smooth: a small GAN learns them in minutes.
+CITIES = {  # RGB in hexadecimal; metres: a wall's height (least, most), a roof's, a tree's height, radius and stretch
+    "Brickton": dict(walls="b8543e c46a4a a84a38", tall=(7, 10), roof=3, ground="b4aaa2", tree=None),
+    "Gardenia": dict(walls="f6ecd4 e8ecec f4dcbc", tall=(4, 5), roof=3, ground="7cb850", tree=(3.8, 2.2, 1)),
+    "Palmera": dict(walls="fff4e4 ffd0c4 f8e4b8", tall=(7, 10), roof=0, ground="e8d8ac", tree=(6.5, 2.5, 0.5)),
+    "Portside": dict(walls="f6c040 e06850 5c98c4", tall=(8, 11), roof=4, ground="b0a8a0", tree=None),
+    "Sandville": dict(walls="e8bc84 c48c5c f6deb0", tall=(4, 7), roof=0, ground="ecd098", tree=(5.5, 2.5, 0.5)),
+    "Towerby": dict(walls="7890b4 8ca0b8 6880a4", tall=(18, 30), roof=0, ground="a0a4ac", tree=None),
 }
-CARS = "c42c28 2c54a0 ecece8 282a30 aaaeb2 e2b22a 387854".split()
-SKIES = np.array([  # through the day: the sky's top, its edge, what light makes of white, the share of lamps lit
-    (96, 120, 190, 255, 196, 160, 0.95, 0.80, 0.74, 0.3), (52, 124, 222, 188, 220, 246, 1.05, 1.03, 1.00, 0.0),
-    (70, 136, 222, 214, 226, 232, 1.06, 1.00, 0.92, 0.0), (128, 142, 160, 206, 212, 216, 0.84, 0.87, 0.92, 0.0),
-    (74, 74, 146, 255, 146, 78, 0.86, 0.62, 0.54, 0.5), (8, 12, 38, 44, 50, 96, 0.24, 0.27, 0.44, 1.0)])
+HOURS = np.array([[*bytes.fromhex(hour)] for hour in (  # day, dusk, night: RGB of the sky's top, its edge, the light
+    "4c94ec d8f0fc f4f0ec", "7c58a8 ffb468 b87c78", "182460 5c68ac 4c5284")]).reshape(3, 3, 3)
 
 
 def demo_sequences(n, seed, image_size):
@@ -413,157 +403,55 @@ def demo_sequences(n, seed, image_size):
     sequences = defaultdict(list)
     for i in range(n):
         number, frame = divmod(i, DEMO_SEQUENCE)
-        city = list(CITIES)[number % len(CITIES)]
-        path = f"demo/{city}/{number:05d}/{frame:02d}"
-        read = (draw_street, path, seed, city, number, frame, image_size)
-        sequences[city, f"{number:05d}"].append(Frame(frame, path, read))
+        city, key = list(CITIES)[number % len(CITIES)], f"{number:05d}"
+        path = f"demo/{city}/{key}/{frame:02d}"
+        sequences[city, key].append(Frame(frame, path, (draw_street, path, seed, city, number, frame, image_size)))
     return sequences
 
 
 def draw_street(path, seed, city, sequence, frame, image_size):
-    """A PIL image of twice the pack's frame size: the view down a street from `frame` × 7 m along it.
-
-    Everything stands in metres (x right of the middle, y up from the road, z ahead) and is painted from far to near.
-    """
+    """A PIL image of four times the pack's frame size: the view down a street from `frame` × 7 m along it."""
     rng, look = random.Random(f"{seed}/{city}/{sequence}"), CITIES[city]
-    road, walk, walls = look["road"], look["road"] + 3.5, look["walls"].split()
-    height, width = (2 * side for side in frame_size(image_size))
-    focal, middle, horizon = 0.62 * width, width * rng.uniform(0.46, 0.54), height * rng.uniform(0.50, 0.56)
-    hour, part = divmod(rng.random() * (len(SKIES) - 1), 1)
-    sky = (SKIES[int(hour)] * (1 - part) + SKIES[int(hour) + 1] * part).tolist()
-    top, edge, light, lamps = sky[:3], sky[3:6], sky[6:9], sky[9]
-    sunny_side, start, end = rng.choice((-1, 1)), 7.0 * frame, 7.0 * DEMO_SEQUENCE + 110
+    height, width = (4 * side for side in frame_size(image_size))
+    middle, horizon, focal = width / 2, height * 0.54, width * 0.62
+    hour, sun, street = 2 * rng.random() ** 1.5, rng.uniform(-6, 6), rng.uniform(*look["tall"])
+    top, edge, light = (HOURS[int(hour)] * (1 - hour % 1) + HOURS[int(hour) + 1] * (hour % 1)).astype(int).tolist()
 
-    def at(x, y, z):
-        return middle + focal * x / z, horizon + focal * (1.8 - y) / z
+    def paint(colour, z, shade=1.0):
+        haze, rgb = 1 - math.exp(-z / 150), bytes.fromhex(colour)
+        return tuple(int(c * l * shade / 255 * (1 - haze) + e * haze) for c, l, e in zip(rgb, light, edge))
 
-    def paint(colour, z, shade=1.0, lit=False):
-        fog = 1 - math.exp(-z / 140)
-        return tuple(int(min(255, c * shade * l) * (1 - fog) + e * fog)
-                     for c, l, e in zip(bytes.fromhex(colour), (1, 1, 1) if lit else light, edge))
+    def shape(colour, *corners):  # metres: x right of the middle, y up from the road, z ahead
+        canvas.polygon([(middle + focal * x / z, horizon + focal * (1.8 - y) / z) for x, y, z in corners], colour)
 
-    def quad(colour, *corners):
-        canvas.polygon([at(*corner) for corner in corners], colour)
+    def upright(colour, x0, z0, x1, z1, low, high):
+        shape(colour, (x0, low, z0), (x0, high, z0), (x1, high, z1), (x1, low, z1))
 
-    def floor(colour, x0, x1, z0, z1):
-        quad(colour, (x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1))
+    def disc(colour, x, y, z, r, stretch=1.0):
+        x, y, r = middle + focal * x / z, horizon + focal * (1.8 - y) / z, focal * r / z
+        canvas.ellipse((x - r, y - stretch * r, x + r, y + stretch * r), colour)
 
-    def wall(colour, x, y0, y1, z0, z1):  # along the street
-        quad(colour, (x, y0, z0), (x, y1, z0), (x, y1, z1), (x, y0, z1))
-
-    def block(colour, x0, x1, y0, y1, z):  # across it
-        canvas.rectangle((*at(min(x0, x1), y1, z), *at(max(x0, x1), y0, z)), colour)
-
-    def disc(colour, x, y, z, rx, ry=None):
-        (x, y), rx, ry = at(x, y, z), focal * rx / z, focal * (ry or rx) / z
-        canvas.ellipse((x - rx, y - ry, x + rx, y + ry), colour)
-
-    # Sky: a gradient, sun or moon, clouds or stars, and the far end of the town.
-    image, gradient = Image.new("RGB", (width, height)), Image.linear_gradient("L").resize((width, int(horizon) + 1))
-    image.paste(ImageOps.colorize(gradient, [int(c) for c in top], [int(c) for c in edge]))
+    column = Image.linear_gradient("L").resize((1, height))
+    image = ImageOps.colorize(column, top, edge, whitepoint=138).resize((width, height), Image.Resampling.NEAREST)
     canvas = ImageDraw.Draw(image)
-    x, y, r = width * rng.uniform(0.3, 0.7), height * rng.uniform(0.08, 0.3), height / 28
-    canvas.ellipse((x - r, y - r, x + r, y + r), "#faf6e2" if lamps < 0.6 else "#e2e6f0")
-    cloud = tuple(int(0.6 * e + 0.4 * 255 * l) for e, l in zip(edge, light))
-    for _ in range(24):
-        x, y, big = rng.random() * width, rng.random() ** 1.5 * horizon, rng.random() < 0.5
-        if lamps > 0.7:
-            canvas.point((x, y), "#dce0f0")
-        elif big and y < 0.6 * horizon:
-            for _ in range(3):
-                r = height * rng.uniform(0.01, 0.035)
-                x += 1.5 * r
-                canvas.ellipse((x - 2 * r, y - r, x + 2 * r, y + r), cloud)
-    for x in range(-112, 120, 8):
-        block(paint(walls[0], 160, 0.8), x, x + 8, 0, rng.uniform(6, 12) * (1 + look["storeys"][1] / 12), 160)
-
-    # Ground: what lies beside, pavement, kerb, road, markings.
-    canvas.rectangle((0, horizon, width, height), paint(look["ground"], 20))
-    for half, colour in ((walk, "b0aca6"), (road + 0.2, "d6d4ce"), (road, "56585e")):
-        floor(paint(colour, 8), -half, half, 1, 400)
-    for far in (z - start % 6 for z in range(93, 2, -6)):
-        if far > 1:
-            floor(paint("f0eee2", far), -0.1, 0.1, max(1.0, far - 3), far)
-    for x in (0.5 - road, road - 0.5):
-        floor(paint("e2ded0", 8), x - 0.06, x + 0.06, 1, 90)
-
-    # What stands along the street, from z on.
-    def building(z, side, length, storeys, colour, plot):
-        x, near, far, h, plot = side * walk, max(z, 1.2), z + length, 3.2 * storeys + 0.8, random.Random(plot)
-        shade = 1.0 if side == sunny_side else 0.78
-        front = paint(colour, near, shade * 0.86)
-        block(front, x, x + side * 9, 0, h, near)
-        wall(paint(colour, (near + far) / 2, shade), x, 0, h, near, far)
-        if look["roof"]:
-            eaves, ridge, tiles = x - side * 0.4, x + side * 4, paint(look["roof"], near, shade)
-            quad(tiles, (eaves, h, near), (ridge, h + 3, near), (ridge, h + 3, far), (eaves, h, far))
-            quad(front, (x, h, near), (ridge, h + 2.8, near), (x + side * 8, h, near))
-        else:
-            wall(paint(colour, near, shade * 0.7), x, h, h + 0.5, near, far)
-        bays = max(2, int(length / 2.8)) if near < 70 else 0
-        for bay in range(bays):
-            a, b = (z + length * (bay + cut) / bays for cut in (0.22, 0.78))
-            for storey in range(storeys if b > 1.5 else 0):
-                y, high, shine = 3.2 * storey + (0.9 if storey else 0.2), 1.7 if storey else 2.3, plot.random()
-                lit = shine < 0.65 * lamps
-                glass = "ffd680" if lit else "46586c" if shine < 0.8 else "96b2c8"
-                wall(paint(glass, b, lit=lit), x, y, y + high, max(a, 1.3), b)
-
-    def tree(z, x, grow):
-        h = 4.5 + 2 * grow
-        block(paint("68503c", z), x - 0.14, x + 0.14, 0, h, z)
-        if look["tree"] == "palm":
-            for angle in (math.pi * (k + grow) / 6.5 for k in range(7)):
-                across, up = math.cos(angle), math.sin(angle)
-                frond = at(x, h, z), at(x + 1.1 * across, h + 0.5 + up, z), at(x + 2.2 * across, h - 0.7 + 1.4 * up, z)
-                canvas.line(frond, paint("3e8c42", z), max(1, int(0.35 * focal / z)))
-        elif look["tree"] == "poplar":
-            disc(paint("3a703e", z), x, h - 0.3, z, 0.9, 2.8)
-        else:
-            for dx, dy, r, shade in ((-0.7, -0.3, 1.4, 0.75), (0.7, 0, 1.4, 0.85), (0, 0.8, 1.5, 1.0)):
-                disc(paint("46863a" if grow > 0.4 else "689438", z, shade), x + dx, h + dy, z, r)
-
-    def lamp(z, x):
-        reach = x - math.copysign(1.3, x)
-        block(paint("464a50", z), x - 0.06, x + 0.06, 0, 6, z)
-        block(paint("464a50", z), x, reach, 5.9, 6.05, z)
-        if lamps > 0.25:
-            disc(paint("ffe296", z, lit=True), reach, 5.8, z, 0.45)
-
-    def car(z, x, colour, lights):
-        floor(paint("34363c", z), x - 1, x + 1, z - 0.3, z + 3)  # its shadow
-        for left, right, low, high, part in ((-0.9, -0.6, 0, 0.5, "1a1a1e"), (0.6, 0.9, 0, 0.5, "1a1a1e"),
-                                             (-0.9, 0.9, 0.3, 1, colour), (-0.85, -0.55, 0.65, 0.88, lights),
-                                             (0.55, 0.85, 0.65, 0.88, lights)):
-            block(paint(part, z, lit=part == lights and lamps > 0.25), x + left, x + right, low, high, z)
-        for part, shade, low, high, a, b in ((colour, 0.9, 1, 1.5, 0.85, 0.62), ("485c70", 1, 1.02, 1.42, 0.7, 0.54)):
-            quad(paint(part, z, shade), (x - a, low, z), (x - b, high, z), (x + b, high, z), (x + a, low, z))
-
-    things = []  # the whole street is laid out, so that each frame of it sees the same
-
-    def stand(z, draw, *arguments, least=1.5):
-        if least < z - start < 110:
-            things.append((z - start, len(things), draw, arguments))
-
-    for side in (-1, 1):
-        z = -8.0
-        while z < end:
-            length = rng.uniform(*look["length"])
-            if rng.random() >= look["gaps"]:
-                storeys, colour, plot = rng.randint(*look["storeys"]), rng.choice(walls), rng.randrange(2 ** 30)
-                stand(z, building, side, length, storeys, colour, plot, least=-length)
-            z += length
-        for z in range(int(rng.uniform(3, 10)), int(end), look["spacing"]):
-            if look["tree"]:
-                stand(z, tree, side * (road + 1.4), rng.random())
-        for z in range(9, int(end), 24):
-            stand(z, lamp, side * (road + 0.6))
-        z = rng.uniform(4, 16)
-        while z < end:
-            stand(z, car, side * (road - 1.1), rng.choice(CARS), "fff6c8" if side < 0 else "ec2824")
-            z += rng.uniform(7, 40)
-    for z, _, draw, arguments in sorted(things, reverse=True):
-        draw(z, *arguments)
+    disc("#ffeca8" if hour < 1.2 else "#ccd0e4", sun, 3 + 24 * abs(1 - hour), 60, 5)
+    canvas.rectangle((0, horizon, width, height), paint(look["ground"], 8))
+    for half, colour in ((4.5, "5c5e66"), (0.15, "a09e98")):  # the road, its middle line
+        shape(paint(colour, 8), (-half, 0, 1), (half, 0, 1), (0, 0, 400))
+    for far in range(168 - 7 * frame, 9, -12):  # a house of 12 m and a tree on either side
+        for side in (-1, 1):
+            wall, tall, shine = rng.choice(look["walls"].split()), street * rng.uniform(0.9, 1.1), rng.random()
+            x, z, shade = 8 * side, max(1, far - 12), 1 if side * sun < 0 else 0.75
+            upright(paint(wall, z, 0.85 * shade), x, z, 2 * x, z, 0, tall)
+            upright(paint(wall, z, shade), x, z, x, far, 0, tall)
+            shape(paint("8c4a40", z, shade), (x, tall, z), (x, tall + look["roof"], far - 6), (x, tall, far))
+            glass = (255, 212, 120) if hour > 0.8 + shine else paint(wall, z, 0.75 * shade)
+            for y in range(1, int(tall) - 2, 4) if z < 30 else ():
+                upright(glass, x, far - 9, x, far - 3, y, y + 2.4)
+            if look["tree"] and z < 50:
+                high, r, stretch = look["tree"]
+                upright(paint("6c5040", z), x - 2.2 * side, z, x - 1.8 * side, z, 0, high)
+                disc(paint("54963e", z, shade), x - 2 * side, high, z, r, stretch)
     return image
 
 
