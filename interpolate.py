@@ -3,10 +3,9 @@
     python interpolate.py                                            # scene.gif: six latents of the newest run
     python interpolate.py --seeds 7,40,12,3 --frames 40 --scale 4    # from seed 7 to 40, 12, 3 and back to 7
     python interpolate.py --seeds 0-17 --grid 3x1 --out scenes.webp  # three scenes side by side, six seeds each
-    python interpolate.py --seeds 0-4 --out walk.png                 # a strip, as in the paper's figure 4
+    python interpolate.py --seeds 0-4 --out walk.png                 # a strip, as in Radford's figure 4
 
-Normal latents are joined by slerp (White 2016, https://arxiv.org/abs/1609.04468, section 2.1), uniform ones by straight
-lines, as Radford did.
+Normal latents are joined by slerp (White 2016, https://arxiv.org/abs/1609.04468), uniform ones by straight lines.
 """
 import argparse
 import io
@@ -14,7 +13,7 @@ import re
 from pathlib import Path
 
 from model import (InputError, Parser, choose_device, latents, load_generator, number, render, run, seed_list,
-                   write_file)  # before torch: it loads Gaudi's plugin
+                   write_file)  # before torch, which would load Gaudi's plugin by itself
 
 import torch
 from PIL import Image
@@ -71,8 +70,7 @@ def main():
     columns, rows = args.grid
     z = latents(args.seeds, G.nz, latent).view(columns * rows, -1, G.nz)  # (scenes, K, nz)
     z = torch.cat([loop(scene, args.frames, latent) for scene in z])
-    pictures = render(G.to(device), z, args.scale)
-    pictures = pictures.unflatten(0, (columns * rows, -1))  # (scenes, frames, 3, H, W)
+    pictures = render(G.to(device), z, args.scale).unflatten(0, (columns * rows, -1))  # (scenes, frames, 3, H, W)
     if args.out.suffix == ".png":
         frames = [make_grid(pictures.flatten(0, 1), pictures.shape[1])]
     else:

@@ -1,16 +1,19 @@
-"""The networks, and all that the scripts share. Needs only torch: copy this file into your own project and
+"""The networks, and all that the scripts share. Needs torch alone: copy this file into your own project and
 
-    from model import Generator, latents, load_generator
+    from model import latents, load_generator
     G, latent = load_generator("runs/naive-64")      # or netG_epoch_24.pth, as pytorch/examples writes it
     images = G(latents(range(16), G.nz, latent))     # (16, 3, 64, 64) in [-1, 1]
 
+In this order: presets, the networks, latents and pictures, the score, devices, files, the command line.
 The architecture is DCGAN's: Radford, Metz, Chintala 2015, https://arxiv.org/abs/1511.06434, section 3.
 """
 import argparse
 import os
+import re
 import signal
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Gaudi's plugin loads where we say so: choose_device
@@ -19,12 +22,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# A preset pins networks, latent distribution, batch, optimizer and instance noise; a flag on the command line wins over it.
+# A preset pins networks, latent distribution, batch, optimizer and instance noise; a flag on the command line wins.
 # batch_size counts the images of one process, beta1 is Adam's, instance_noise the std of Gaussian noise on D's input.
 NAIVE = dict(image_size=64, kernel_size=4, nz=100, ngf=64, ndf=64, latent="normal",
              batch_size=128, lr=2e-4, beta1=0.5, weight_decay=0.0, instance_noise=0.0)
 PRESETS = {
     "radford-64": {**NAIVE, "kernel_size": 5, "ngf": 128, "ndf": 128, "latent": "uniform"},  # the paper to the letter
+    "demo-64": {**NAIVE, "ngf": 24, "ndf": 24, "batch_size": 16},                            # for five minutes on a CPU
     "naive-64": NAIVE,                                                                       # pytorch/examples' sizes
     "clamp-64": {**NAIVE, "nz": 256, "ngf": 256, "batch_size": 256},                         # a strong G, a weak D
     "safe-128": {**NAIVE, "image_size": 128, "nz": 128, "ngf": 128, "ndf": 32, "batch_size": 256,
@@ -34,39 +38,6 @@ PRESETS = {
 
 class InputError(ValueError):
     """Something a user can put right: the scripts print it as one line, `error: …`, and exit with status 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints as one InputError line instead of the whole usage."""
-
-    def error(self, message):
-        raise InputError(message)
-
-
-def stop(signum, frame):
-    raise KeyboardInterrupt(signum)
-
-
-def run(main, *errors):
-    """Call a script's main(); an InputError, or one of `errors`, becomes one line on stderr and exit status 2.
-
-    SIGTERM and Ctrl-C unwind it, files half written are gone then, and it ends with that signal's own status.
-    """
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
-    try:
-        main()
-    except KeyboardInterrupt as stopped:
-        signal.signal(stopped.args[0], signal.SIG_DFL)
-        os.kill(os.getpid(), stopped.args[0])
-    except (InputError, *errors) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    except OSError as error:  # no such folder, no permission, no room on the disk
-        sys.exit(print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr) or 2)
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{type(error)} {error}".lower():
-            raise
-        sys.exit(print("error: out of memory: choose smaller networks, a smaller batch or fewer pictures", file=sys.stderr) or 2)
 
 
 # ---- the networks ---------------------------------------------------------------------------------------------------
@@ -105,7 +76,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_size=64, ndf=64, nc=3, kernel_size=4):
         super().__init__()
-        down = dict(kernel_size=kernel_size, stride=2, padding=(kernel_size - 1) // 2, bias=False)  # each halves the size
+        self.image_size = image_size
+        down = dict(kernel_size=kernel_size, stride=2, padding=(kernel_size - 1) // 2, bias=False)  # halves the size
         cs = [ndf * w for w in reversed(widths(image_size))]
         layers = [nn.Conv2d(nc, cs[0], **down), nn.LeakyReLU(0.2)]                                  # (ndf) x 32 x 32
         for c_in, c_out in zip(cs, cs[1:]):
@@ -118,7 +90,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(module):
-    """For `net.apply`: weights N(0, 0.02), batch-norm gains N(1, 0.02) and biases 0 (paper, section 4, and its code)."""
+    """For `net.apply`: weights N(0, 0.02), batch-norm gains N(1, 0.02), biases 0 (paper, section 4, and its code)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -126,7 +98,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# ---- seeds, latents and pictures ------------------------------------------------------------------------------------
+# ---- latents and pictures -------------------------------------------------------------------------------------------
 
 def latents(seeds, nz, latent="normal"):
     """float32 (len(seeds), nz) on the CPU, N(0, 1) or uniform on [-1, 1]; seed n is the same row in any company."""
@@ -137,46 +109,16 @@ def latents(seeds, nz, latent="normal"):
     return z
 
 
-def seed_list(text):
-    """An argparse type: '0-63,100' → [0, …, 63, 100]."""
-    seeds = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            first, last = int(first), int(last or first)
-            if not first <= last < first + 10_000_000:
-                raise ValueError
-            seeds += range(first, last + 1)
-    except ValueError:
-        seeds = []
-    if not seeds or max(seeds) >= 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text} is no list of seeds: give it as 0-63,100 (a span holds 10 million)")
-    return seeds
-
-
-def number(kind, least, most=10 ** 12):
-    """An argparse type: an int or float from `least` to `most`; nan is neither."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {least} to {most:.15g}")
-        return value
-    return parse
-
-
-def cut_windows(frames, image_size, mirror=False):
+def cut_windows(frames, image_size, mirror=False, generator=None):
     """A random window of each frame: uint8 (N, H, W, 3) → float32 (N, 3, S, S) in [-1, 1], on the frames' device.
 
     A square of side s, uniform from S to H, anywhere in the frame, resized to S×S (bilinear): the write-up's cropping,
     down-scaling and translation in one batched operation. `mirror` flips half of them.
     """
     N, H, W, _ = frames.shape
-    side, top, left, flip = torch.rand(4, N, 1, device=frames.device)
+    side, top, left, flip = torch.rand(4, N, 1, device=frames.device, generator=generator)
     side = image_size + side * (H - image_size)
-    ticks = (torch.arange(image_size, device=frames.device) + 0.5) / image_size  # pixel centres, 0 to 1 across the window
+    ticks = (torch.arange(image_size, device=frames.device) + 0.5) / image_size  # pixel centres, 0 to 1 in the window
     y = (top * (H - side) + ticks * side) * (2 / H) - 1  # (N, S), -1 to 1 across the frame, as grid_sample wants it
     x = torch.where(flip < 0.5, 1 - ticks, ticks) if mirror else ticks
     x = (left * (W - side) + x * side) * (2 / W) - 1
@@ -187,12 +129,12 @@ def cut_windows(frames, image_size, mirror=False):
 
 @torch.no_grad()
 def render(G, z, scale=1, batch_size=64):
-    """Pictures of latents z (N, nz), made on G's device: uint8 (N, 3, S·scale, S·scale) on the CPU, enlarged by bicubics.
+    """Pictures of latents z (N, nz), made on G's device: uint8 (N, 3, S·scale, S·scale) on the CPU, enlarged bicubically.
 
-    In batches of one size, the last filled up, so that a latent gives the same picture in any company. G is in eval mode.
+    In batches of one size, the last filled up: a latent gives the same picture in any company. G is in eval mode.
     """
     if (size := len(z) * 3 * (G.image_size * scale) ** 2) > 2 ** 32:
-        raise InputError(f"{len(z):,} pictures at once would take {size / 2 ** 30:.1f} GB: ask for fewer or smaller ones")
+        raise InputError(f"{len(z):,} pictures at once are {size / 2 ** 30:.1f} GB: ask for fewer or smaller ones")
     device, pictures = next(G.parameters()).device, []
     for part in z.split(batch_size):
         images = G(torch.cat([part, part.new_zeros(batch_size - len(part), G.nz)]).to(device))
@@ -202,14 +144,70 @@ def render(G, z, scale=1, batch_size=64):
     return torch.cat(pictures).expand(-1, 3, -1, -1)  # grey pictures too
 
 
+# ---- the score ------------------------------------------------------------------------------------------------------
+
+def projections(batches):
+    """Sorted projections of a set's patches, as sliced Wasserstein distance compares them: (128, 64 N) for each scale.
+
+    `batches` of images, (n, 3, S, S) in [-1, 1], N in all. Of each scale of a Laplacian pyramid, S down to 16 pixels:
+    64 patches of 7×7 an image, every channel normalised over the set, along 128 random directions, always the same.
+    """
+    generator, levels = torch.Generator().manual_seed(0), {}
+    for images in batches:
+        while (S := images.shape[-1]) >= 16:
+            smaller = F.avg_pool2d(images, 2)
+            detail = images - F.interpolate(smaller, scale_factor=2, mode="bilinear") if S > 16 else images
+            top, left = torch.randint(S - 6, (2, len(images), 64), generator=generator)
+            patches = detail.unfold(2, 7, 1).unfold(3, 7, 1)  # (n, 3, S-6, S-6, 7, 7), a view
+            patches = patches[torch.arange(len(images))[:, None], :, top, left]
+            levels.setdefault(S, []).append(patches.reshape(-1, 3, 49))
+            images = smaller
+    sorted_projections = []
+    for patches in map(torch.cat, levels.values()):  # (64 N, 3, 49)
+        patches = (patches - patches.mean((0, 2), keepdim=True)) / patches.std((0, 2), keepdim=True)
+        directions = F.normalize(torch.randn(128, 147, generator=generator))
+        projected = directions @ patches.flatten(1).T
+        with ThreadPoolExecutor() as pool:  # in place; torch's own sort would make indices too, at ten times the time
+            list(pool.map(lambda row: row.sort(), projected.numpy()))
+        sorted_projections.append(projected)
+    return sorted_projections
+
+
+class Score:
+    """How far a generator's pictures are from a pack's held-out frames: score(G, latent) → float, smaller is closer.
+
+    Sliced Wasserstein distance ×1000, the mean over scales (Karras et al. 2018, https://arxiv.org/abs/1710.10196,
+    section 5). `floor` is what as many training frames get. Raises InputError where there are fewer than 50 of either.
+    """
+
+    def __init__(self, pack):
+        self.N, self.image_size = min(len(pack.train), len(pack.holdout), 2048), pack.image_size
+        if self.N < 50:
+            raise InputError(f"{len(pack.train)} frames and {len(pack.holdout)} held out: a score needs 50 of each")
+        self.real = self.project(pack.holdout)
+        self.floor = self.distance(self.project(pack.train))
+
+    def project(self, frames):
+        generator = torch.Generator().manual_seed(0)
+        parts = (torch.from_numpy(frames[part]) for part in (torch.arange(self.N) * len(frames) // self.N).split(256))
+        return projections(cut_windows(part, self.image_size, generator=generator) for part in parts)
+
+    def distance(self, fake):
+        return 1000 * sum((a - b).abs().mean().item() for a, b in zip(self.real, fake)) / len(fake)
+
+    def __call__(self, G, latent="normal"):
+        z = latents(range(self.N), G.nz, latent)
+        return self.distance(projections(render(G, part) / 127.5 - 1 for part in z.split(256)))
+
+
 # ---- devices --------------------------------------------------------------------------------------------------------
 
-GAUDI = ("habana-torch-plugin is not on the package index: it comes with Gaudi's own PyTorch, in its container or by its "
-         "installer (docs.habana.ai, Installation Guide)")
+GAUDI = ("habana-torch-plugin is not on the package index: it comes with Gaudi's own PyTorch, in its container or by "
+         "its installer (docs.habana.ai, Installation Guide)")
 
 
 def choose_device(name="auto"):
-    """'auto', 'cuda', 'hpu' or 'cpu' → torch.device; auto is the best there is. Raises InputError saying what is missing.
+    """'auto', 'cuda', 'hpu' or 'cpu' → torch.device; auto is the best there is. InputError says what is missing.
 
     The one place where Gaudi's plugin is loaded: importing it makes the device `hpu` exist.
     """
@@ -228,25 +226,31 @@ def choose_device(name="auto"):
             problem = f"the plugin does not load: {str(error).strip() or type(error).__name__}".splitlines()[0]
         if name == "hpu":
             raise InputError(f"--device hpu: {problem}")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    card, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()  # (7, 0); ['sm_75', …, 'compute_120']
+    fit = [kind for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built))
+           if (kind == "compute" or int(major) == card[0]) and (int(major), int(minor)) <= card]
+    if not fit and not torch.version.hip:
+        raise InputError(f"--device cuda: torch {torch.__version__} has kernels for {' '.join(built)}, and "
+                         f"{torch.cuda.get_device_name()} is sm_{card[0]}{card[1]}: install an older build ('torch<2.8')")
+    return torch.device("cuda")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-FORMAT = 1  # of the dictionaries in checkpoint.pt and generator-*.pt; raised when their keys change
+FORMAT = 1  # of the dictionaries in checkpoint.pt and generator-*.pt; raised when their keys change their meaning
 
 
 def load_file(path):
-    """The dictionary in a checkpoint, with its tensors on the CPU. Raises InputError if it is damaged or another format.
+    """The dictionary in a checkpoint, its tensors on the CPU. Raises InputError if it is damaged or another format.
 
     Never runs code from the file (weights_only), and checks the zip's CRCs, which torch.load does not.
     """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                folders = any(member.external_attr & 16 for member in archive.infolist())  # torch reads nothing from these
+                folders = any(member.external_attr & 16 for member in archive.infolist())  # torch would read zeros there
                 if archive.testzip() or folders:
                     raise InputError(f"{path} is damaged: a checksum in it is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -259,6 +263,18 @@ def load_file(path):
     if (version := str(content.get("format", FORMAT))) != str(FORMAT):
         raise InputError(f"{path} has format {version[:20]}, and this code reads {FORMAT}")
     return content
+
+
+def load_first(paths):
+    """(path, load_file's dictionary) of the first file that is there and sound; of a damaged one it warns."""
+    problem = f"no checkpoint in {paths[0].parent}"
+    for path in filter(Path.exists, paths):
+        try:
+            return path, load_file(path)
+        except InputError as error:
+            problem = str(error)
+            print(f"warning: {problem}", file=sys.stderr)
+    raise InputError(problem)
 
 
 def write_file(path, data, sync=True, previous=None):
@@ -282,42 +298,119 @@ def write_file(path, data, sync=True, previous=None):
         raise
 
 
-def load_newest(run):
-    """(path, dictionary) of a run folder's newest sound checkpoint: the last two are kept, and it says which is damaged."""
-    problem = f"no checkpoint in {run}"
-    for path in (Path(run, "checkpoint.pt"), Path(run, "checkpoint-previous.pt")):
-        try:
-            return path, load_file(path)
-        except FileNotFoundError:
-            continue
-        except InputError as error:
-            problem = str(error)
-            print(f"warning: {problem}", file=sys.stderr)
-    raise InputError(problem)
+def find_run(path=None):
+    """The Path that is named, or the run in runs/ that saved last. Raises InputError where there is none."""
+    saved = sorted(Path("runs").glob("*/checkpoint*.pt"), key=os.path.getmtime)
+    if not path and not saved:
+        raise InputError("no run in runs/: train first (python train.py), or name one with --checkpoint")
+    path = Path(path or saved[-1].parent)
+    if not path.exists():
+        raise InputError(f"no such checkpoint: {path}")
+    return path
+
+
+def checkpoints(run):
+    """The two that a run keeps, newest first."""
+    return [Path(run, "checkpoint.pt"), Path(run, "checkpoint-previous.pt")]
+
+
+def rebuild(network, state, path):
+    """A Generator or Discriminator with the weights in `state`, whose shapes give its sizes; eval mode, float32, CPU."""
+    try:
+        shapes = [v.shape for k, v in state.items() if k.endswith(".weight") and v.dim() == 4]
+        sizes = shapes[0][:3]  # ndf, nc, kernel_size
+        if network is Generator:
+            sizes = shapes[0][0], *shapes[-1][:3]  # nz; ngf, nc, kernel_size
+        with torch.device("meta"):  # no memory until the weights are put in
+            net = network(2 ** (len(shapes) + 1), *sizes)
+        net.load_state_dict(state, assign=True)
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} holds no DCGAN {network.__name__.lower()} ({str(error).splitlines()[0]})") from error
+    return net.float().eval().requires_grad_(False)
 
 
 def load_generator(path=None):
-    """(G in eval mode on the CPU, 'normal' or 'uniform') from a file or a run folder; None is the newest run in runs/.
+    """(G in eval mode on the CPU, 'normal' or 'uniform') from a file or a run's folder; None is the newest in runs/.
 
-    Takes checkpoint.pt, generator-*.pt, and a bare state dict as pytorch/examples' netG_*.pth, whose sizes are read off
-    its shapes. Raises InputError when there is nothing to load or it is no generator.
+    Of a run it is the one with the best score, or else the newest, and it says which. Takes generator-*.pt,
+    checkpoint.pt, and a bare state dict as pytorch/examples' netG_*.pth. Raises InputError where there is none.
     """
-    if path is None:
-        runs = [p for p in Path("runs").glob("*/") if any(p.glob("checkpoint*.pt"))]
-        if not runs:
-            raise InputError("no run in runs/: train first (python train.py), or name one with --checkpoint")
-        path = max(runs, key=lambda run: max(p.stat().st_mtime for p in run.glob("checkpoint*.pt")))
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"no such checkpoint: {path}")
-    path, content = load_newest(path) if path.is_dir() else (path, load_file(path))
-    state = content.get("G", content)
+    path = find_run(path)
+    if path.is_dir():
+        newest = sorted(path.glob("generator-[0-9]*.pt"), key=os.path.getmtime, reverse=True)
+        path, content = load_first([path / "generator-best.pt", *newest, *checkpoints(path)])
+        print(f"drawing from {path}")
+    else:
+        content = load_file(path)
+    state = content.get("G_ema", content.get("G", content))
+    return rebuild(Generator, state, path), content.get("latent", "normal")
+
+
+def load_discriminator(path=None):
+    """D in eval mode on the CPU, from a run's folder or its checkpoint.pt, which alone have one. Raises InputError."""
+    path = find_run(path)
+    path, content = load_first(checkpoints(path)) if path.is_dir() else (path, load_file(path))
+    if "D" not in content:
+        raise InputError(f"{path} has no discriminator: name a run's folder, or the checkpoint.pt in it")
+    return rebuild(Discriminator, content["D"], path)
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints as one InputError line instead of the whole usage."""
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def number(kind, least, most=10 ** 12):
+    """An argparse type: an int or float from `least` to `most`; nan is neither."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            whole = "whole " * (kind is int)
+            raise argparse.ArgumentTypeError(f"{text} is not a {whole}number from {least} to {most:.15g}")
+        return value
+    return parse
+
+
+def seed_list(text):
+    """An argparse type: '0-63,100' → [0, …, 63, 100]."""
+    spans = []
+    if re.fullmatch(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*", text, re.ASCII):
+        spans = [range(int(first), int(last or first) + 1) for first, last in re.findall(r"(\d+)-?(\d*)", text)]
+    if not spans or not all(0 < len(span) <= 10 ** 7 for span in spans):
+        raise argparse.ArgumentTypeError(f"{text} is no list of seeds: give it as 0-63,100 (a span holds 10 million)")
+    return [seed for span in spans for seed in span]
+
+
+def run(main):
+    """Call a script's main(): what a user can put right becomes one line on stderr and exit status 2.
+
+    SIGTERM and Ctrl-C unwind it, so that nothing half written stays, and it ends with that signal's own status.
+    """
+    def stop(signum, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # once is enough: now it cleans up
+        raise KeyboardInterrupt(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
     try:
-        shapes = [v.shape for k, v in state.items() if k.endswith(".weight") and v.dim() == 4]
-        nz, nc, kernel_size = shapes[0][0], shapes[-1][1], shapes[-1][2]
-        with torch.device("meta"):  # no memory until the weights are put in
-            G = Generator(2 ** (len(shapes) + 1), nz, shapes[-1][0], nc, kernel_size)
-        G.load_state_dict(state, assign=True)
-    except (AttributeError, IndexError, TypeError, RuntimeError, InputError) as error:
-        raise InputError(f"{path} holds no DCGAN generator ({str(error).splitlines()[0]})") from error
-    return G.float().eval().requires_grad_(False), content.get("latent", "normal")
+        return main()
+    except KeyboardInterrupt as stopped:
+        signal.signal(stopped.args[0], signal.SIG_DFL)
+        os.kill(os.getpid(), stopped.args[0])
+    except InputError as error:
+        problem = error
+    except OSError as error:  # no such folder, no permission, no room on the disk
+        problem = f"{error.filename or 'writing'}: {error.strerror or error}"
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{type(error)} {error}".lower():
+            raise
+        problem = "out of memory: choose smaller networks, a smaller batch or fewer pictures"
+    sys.exit(print(f"error: {problem}", file=sys.stderr) or 2)

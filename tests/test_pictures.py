@@ -1,5 +1,9 @@
-"""Pictures: the networks' sizes, other people's weights, seeds that stay the same picture, and scenes without a seam."""
+"""Pictures: the networks' sizes, other people's weights, seeds that stay the same picture, scenes without a seam, the
+score, and the paper's experiments."""
+import csv
+import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -10,10 +14,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageSequence
 
 import interpolate
 import model
+import prepare_data
+import sample
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +193,189 @@ def test_a_window_of_a_photograph_looks_like_one_resized_by_pillow():
         want = Image.fromarray(frames[i].numpy()).resize((32, 32), Image.Resampling.BILINEAR, box=box)
         got = (window.permute(1, 2, 0) + 1) * 127.5
         assert np.abs(got.numpy() - np.asarray(want, float)).max() < 2.5
+
+
+def write_pack(folder, image_size, train, holdout):
+    """A pack made by hand, of {city: uint8 (N, H, W, 3)} for each split; three frames are a sequence."""
+    folder.mkdir()
+    lines, counts = ["split,row,city,sequence,key,source file"], {}
+    H, W = prepare_data.frame_size(image_size)
+    for split, cities in (("train", train), ("holdout", holdout)):
+        np.save(folder / f"{split}.npy", np.concatenate([np.zeros((0, H, W, 3), np.uint8), *cities.values()]))
+        named = [(city, i) for city, frames in cities.items() for i in range(len(frames))]
+        lines += [f"{split},{row},{city},{split}{i // 3},k,f" for row, (city, i) in enumerate(named)]
+        counts[split] = {city: len(frames) for city, frames in cities.items()}
+    (folder / "index.csv").write_text("\n".join(lines) + "\n")
+    (folder / "skipped.csv").write_text("source file,reason\n")
+    Image.new("RGB", (1, 1)).save(folder / "preview.png")
+    info = dict(format=1, image_size=image_size, H=H, W=W, counts=counts, arguments={},
+                files={path.name: path.stat().st_size for path in folder.iterdir()})
+    (folder / "pack.json").write_text(json.dumps(info))
+    return folder
+
+
+def noise_frames(n, image_size, seed=0):
+    H, W = prepare_data.frame_size(image_size)
+    return np.random.default_rng(seed).integers(0, 256, (n, H, W, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def halves(pack, tmp_path_factory):
+    """The frames of the drawn pack, every second one of each city held out: enough of both for a score."""
+    opened, cities = prepare_data.open_pack(pack), {}
+    with open(pack / "index.csv", newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            cities.setdefault(line["city"], []).append(getattr(opened, line["split"])[int(line["row"])])
+    folder = tmp_path_factory.mktemp("packs") / "halves"
+    return write_pack(folder, 32, *({city: frames[i::2] for city, frames in cities.items()} for i in (0, 1)))
+
+
+def test_a_score_is_0_for_the_same_images_and_grows_as_they_blur(halves):
+    score = model.Score(prepare_data.open_pack(halves))
+    train = np.load(halves / "train.npy")
+    frames = torch.from_numpy(train[np.arange(score.N) * len(train) // score.N])  # evenly spread
+    real = model.cut_windows(frames, 32, generator=torch.Generator().manual_seed(0))
+    blurred = [F.interpolate(F.avg_pool2d(real, k), 32, mode="bilinear") for k in (1, 2, 4)]
+    sharp, soft, softer = (score.distance(model.projections([images])) for images in blurred)
+    assert score.distance(score.real) == 0 and sharp == pytest.approx(score.floor)
+    assert 0 < sharp < soft < softer, "the more detail is missing the further"
+
+
+def test_the_score_is_printed_beside_its_floor(halves, lively, tmp_path):
+    done = run("sample.py", "--checkpoint", lively, "--device", "cpu", "--score", halves, cwd=tmp_path)
+    generated, real = map(float, re.findall(r"(?:generated|training set) ([\d.]+)", done.stdout))
+    assert generated > 2 * real > 0 and f"{len(np.load(halves / 'holdout.npy'))} held-out images" in done.stdout
+    assert not list(tmp_path.iterdir()), "a score draws nothing"
+
+
+def tiles(path, side):
+    """The rows of a grid's pictures: uint8 array (rows, columns, side, side, 3)."""
+    sheet = np.asarray(Image.open(path))
+    return np.array([[sheet[y:y + side, x:x + side] for x in range(2, sheet.shape[1] - side, side + 2)]
+                     for y in range(2, sheet.shape[0] - side, side + 2)])
+
+
+@pytest.mark.parametrize("latent", ["normal", "uniform"])
+def test_arithmetic_that_cancels_leaves_the_seed_itself(lively, tmp_path, latent):
+    torch.save({**torch.load(lively, weights_only=True), "latent": latent}, tmp_path / "generator.pt")
+    run("sample.py", "--checkpoint", "generator.pt", "--device", "cpu", "--arithmetic", "5 - 5 + 7", cwd=tmp_path)
+    sheet = tiles(tmp_path / "arithmetic.png", 32)
+    assert sheet.shape[:2] == (3, 2 * 3 + 3)
+    G, _ = model.load_generator(lively)
+    five, seven = model.render(G, model.latents([5, 7], G.nz, latent)).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(sheet[1, -2], seven), "the sum stands in the middle of the nine"
+    assert all(np.array_equal(sheet[row, 0], five) and np.array_equal(sheet[row, 4], seven) for row in (1, 2)), \
+        "a seed over the mean of it alone"
+    around = [gap(sheet[row, column], seven) for row in range(3) for column in (-3, -2, -1)]
+    assert around.pop(4) == 0 and 0 < min(around) and max(around) < gap(five, seven), "noise makes neighbours"
+
+
+def test_sums_have_the_length_of_latents_that_G_knows():
+    terms = sample.expression("3,8,21 - 5,9,30 + 2,14,40")
+    assert terms == [("+", [3, 8, 21]), ("-", [5, 9, 30]), ("+", [2, 14, 40])]
+    means = [model.latents(seeds, 100).mean(0) for _, seeds in terms]
+    total, plain = sample.combine(terms, 100, "normal")[0], means[0] - means[1] + means[2]
+    assert torch.allclose(total / total.norm(), plain / plain.norm(), atol=1e-5)
+    for text in ("0-3", "0-7 + 100-107", "7 - 8 + 9", "1,2 + 1"):
+        for latent in ("normal", "uniform"):
+            z = sample.combine(sample.expression(text), 10_000, latent)
+            alone = model.latents([0], 10_000, latent)
+            assert 0.9 < z.std() / alone.std() < 1.1 and (latent == "normal" or z.abs().max() <= 1)
+
+
+def test_a_window_of_a_training_frame_finds_itself(tmp_path):
+    frames = np.concatenate([noise_frames(8, 32, seed=i) // 2 + 64 for i in range(250)])  # more than one block of them
+    assert len(frames) > 2 ** 22 / (40 * 54 + 64 * 3)
+    image = torch.from_numpy(frames[[3, 1999, 700]]).permute(0, 3, 1, 2) / 127.5 - 1
+    wanted = torch.cat([image[:1, :, 2:34, 6:38], image[1:2, :, 8:40, 10:42].flip(3),  # 32×32 as it is, and mirrored
+                        F.interpolate(image[2:], scale_factor=0.8, mode="bilinear")[:, :, :, 4:36]])
+    np.save(tmp_path / "frames.npy", frames)
+    distances, found = sample.nearest_windows(tmp_path / "frames.npy", wanted)
+    assert distances.max() < 0.01 and (found - wanted).abs().max() < 0.01
+    np.save(tmp_path / "others.npy", np.delete(frames, [3, 1999, 700], 0))
+    distances, _ = sample.nearest_windows(tmp_path / "others.npy", wanted)
+    assert distances.min() > 3, "without them there is none like it"
+
+
+def test_copies_are_nearer_than_held_out_windows(pack, lively, tmp_path):
+    done = run("sample.py", "--checkpoint", lively, "--device", "cpu", "--nearest", pack, "--n", 36, cwd=tmp_path)
+    samples, held, ratio, copies = map(float, re.findall(r"(?:samples|windows|ratio|copy) ([\d.]+)", done.stdout))
+    assert copies < 0.7 * held and held < samples and ratio == pytest.approx(samples / held, abs=0.02)
+    assert Image.open(tmp_path / "nearest.png").size == (6 * 66 + 2, 6 * 34 + 2)
+    drawn, found = np.split(np.asarray(Image.open(tmp_path / "nearest.png"))[2:34, 2:66], 2, axis=1)
+    G, latent = model.load_generator(lively)
+    assert np.array_equal(drawn, model.render(G, model.latents([0], G.nz, latent))[0].permute(1, 2, 0))
+    image = torch.from_numpy(drawn.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    _, nearest = sample.nearest_windows(pack / "train.npy", image)
+    assert np.abs(found - ((nearest[0].permute(1, 2, 0) + 1) * 127.5).numpy()).max() <= 0.51, "its own, beside it"
+
+
+def test_features_are_those_of_all_layers_at_4_by_4():
+    D = model.Discriminator(32, 4).apply(model.init_weights).eval()
+    x = torch.randn(2, 3, 32, 32)
+    first = F.leaky_relu(F.conv2d(x, D.main[0].weight, stride=2, padding=1), 0.2)
+    found = sample.features(D, x)
+    assert found.shape == (2, 16 * (4 + 8 + 16))
+    assert torch.equal(found[:, 5], first[:, 0, 4:8, 4:8].amax((1, 2))), "the first map, second row and column of 4×4"
+    last = D.main[:-1](x)
+    assert last.shape[2:] == (4, 4) and torch.equal(found[:, -16 * 16:], last.flatten(1))
+
+
+def test_the_dual_form_is_ridge_regression():
+    torch.manual_seed(0)
+    X, Y = torch.randn(30, 8), torch.randn(30, 2)
+    strength = 0.3 * X.square().sum() / 30
+    plain = torch.linalg.solve(X.T @ X + strength * torch.eye(8), X.T @ Y)
+    assert torch.allclose(X.T @ sample.ridge(X @ X.T, Y, 0.3), plain, atol=1e-4)
+
+
+def table(text):
+    """{name: (accuracy, mean over cities)} that --features prints."""
+    return {name: (float(a), float(b)) for name, a, b in re.findall(r"^(.+?) +([\d.]+)% +([\d.]+)%$", text, re.M)}
+
+
+def test_features_of_D_tell_cities_apart(halves, trained):
+    done = run("sample.py", "--checkpoint", trained, "--device", "cpu", "--features", halves)
+    found = table(done.stdout)
+    assert list(found) == ["the largest city", "pixels at 16×16", "an untrained D", "D"] and "6 cities, " in done.stdout
+    largest, balanced = found["the largest city"]
+    assert balanced == pytest.approx(100 / 6, abs=0.1) and min(found["D"]) > 2 * largest > 0
+
+
+def test_cities_that_differ_by_noise_alone_are_told_apart_by_chance(trained, tmp_path):
+    """No label leaks: of 3 to 1 held out, a guess is as good as always the larger city."""
+    cities = [{"big": noise_frames(45, 32, i), "small": noise_frames(15, 32, i + 1)} for i in (0, 2)]
+    words = "--checkpoint", trained, "--device", "cpu", "--features", write_pack(tmp_path / "noise", 32, *cities)
+    found = table(run("sample.py", *words).stdout)
+    assert found["the largest city"] == (75, 50)
+    assert all(accuracy < 90 and 25 < balanced < 75 for accuracy, balanced in found.values())
+
+
+def test_what_an_experiment_cannot_work_with_is_a_line(pack, trained, tmp_path, monkeypatch):
+    two, three = noise_frames(2, 32), noise_frames(3, 32)
+    packs = {"alone": write_pack(tmp_path / "alone", 32, {"Bath": three}, {"Bath": two}),
+             "single": write_pack(tmp_path / "single", 32, {"Bath": three, "Ulm": two[:1]}, {"Bath": two}),
+             "none": write_pack(tmp_path / "none", 32, {"Bath": three, "Ulm": three}, {}),
+             "large": write_pack(tmp_path / "large", 64, *2 * [{"Bath": noise_frames(2, 64)}])}
+    generator = max(trained.glob("generator-0*.pt"))
+    left = sorted(tmp_path.iterdir())
+    for says, *words in [("needs 50 of each", "--score", packs["alone"]), ("Bath alone", "--features", packs["alone"]),
+                         ("1 of Ulm", "--features", packs["single"]),
+                         *(("no frames to compare", word, packs["none"]) for word in ("--features", "--nearest", "--score")),
+                         *(("64 pixels.* 32", word, packs["large"]) for word in ("--features", "--nearest", "--score")),
+                         ("has no discriminator", "--features", pack, "--checkpoint", generator),
+                         ("no such folder", "--nearest", tmp_path / "nowhere"),
+                         ("cancel out", "--arithmetic", "5 - 5"), ("is no sum", "--arithmetic", "5 -"),
+                         ("is no sum", "--arithmetic", "0-16 + 3"), ("is no sum", "--arithmetic", "5 * 6"),
+                         ("no list of seeds", "--arithmetic", "5 - x"),
+                         ("not allowed with", "--arithmetic", "5", "--score", pack)]:
+        words = [*words, "--device", "cpu", "--out", tmp_path / "out.png"]
+        words += [] if "--checkpoint" in words else ["--checkpoint", trained]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
+        with pytest.raises(model.InputError, match=says) as caught:
+            sample.main()
+        assert "\n" not in str(caught.value) and sorted(tmp_path.iterdir()) == left
+    run("sample.py", *words[:-2], "--checkpoint", "nowhere", status=2, cwd=tmp_path)
 
 
 def test_the_cost_of_a_step_is_what_the_layers_say():

@@ -32,7 +32,7 @@ import prepare_data
 import train
 
 LOSSES = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")
-RUN = [*TINY, "--device", "cpu", "--epochs", 20, "--log-every", 1, "--save-every", 32, "--sample-every", 640]  # some 180 steps
+RUN = [*TINY, "--device", "cpu", "--epochs", 16, "--log-every", 4, "--save-minutes", 0]  # some 140 steps
 
 
 class Training:
@@ -112,11 +112,8 @@ def straight(pack, tmp_path_factory):
 def test_a_step_is_that_of_the_plain_loop_to_rounding():
     """Twenty steps beside DCGAN as everybody writes it: real and fake backward apart, nothing frozen, torch's plain Adam."""
     args, cpu = train.parse_args([*TINY, "--data", ""]), torch.device("cpu")
-    torch.manual_seed(0)
-    G, D = (net.apply(model.init_weights) for net in (model.Generator(32, 8, 4), model.Discriminator(32, 4)))
-    plain_G, plain_D = copy.deepcopy(G), copy.deepcopy(D)
-    optimizers = [train.make_optimizer(net, args, cpu) for net in (G, D)]
-    step = train.make_step(G, D, *optimizers, torch.amp.GradScaler("cpu", enabled=False), args, cpu, torch.float32)
+    ours = train.DCGAN(args, cpu, torch.float32)
+    plain_G, plain_D = copy.deepcopy(ours.G), copy.deepcopy(ours.D)
     adam_G, adam_D = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (plain_G, plain_D))
     bce = torch.nn.BCEWithLogitsLoss()
 
@@ -138,28 +135,28 @@ def test_a_step_is_that_of_the_plain_loop_to_rounding():
     for i in range(20):
         frames = torch.randint(0, 256, (16, 40, 54, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
         losses = []
-        for one in (step, plain_step):
+        for one in (ours.step, plain_step):
             torch.manual_seed(i)
             losses.append(one(frames)[:2])
         torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
-    for net, plain in ((G, plain_G), (D, plain_D)):
+    for net, plain in ((ours.G, plain_G), (ours.D, plain_D)):
         for a, b in zip(net.state_dict().values(), plain.state_dict().values()):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
 
 
 def test_a_run_learns_and_says_how_it_goes(straight, pack):
     out, text = straight
-    lines = re.findall(r"^\[(\d+)/20\]\[(\d+)/(\d+)\] Loss_D [\d.]+ Loss_G [\d.]+ D\(x\) ([\d.]+) D\(G\(z\)\) ([\d.]+) / ([\d.]+)  "
+    lines = re.findall(r"^\[(\d+)/16\]\[(\d+)/(\d+)\] Loss_D [\d.]+ Loss_G [\d.]+ D\(x\) ([\d.]+) D\(G\(z\)\) ([\d.]+) / ([\d.]+)  "
                        r"[\d,]+ images/s, \d+:\d\d:\d\d left$", text, re.M)
-    steps = math.ceil(20 * len(prepare_data.open_pack(pack).train) / 16)
-    assert [(int(step), int(of)) for _, step, of, *_ in lines] == [(i, steps) for i in range(1, steps + 1)]
-    assert [int(epoch) for epoch, *_ in lines] == sorted(int(epoch) for epoch, *_ in lines) and lines[-1][0] == "20"
+    steps = math.ceil(16 * len(prepare_data.open_pack(pack).train) / 16)
+    assert [(int(step), int(of)) for _, step, of, *_ in lines] == [(i, steps) for i in [*range(4, steps, 4), steps]]
+    assert [int(epoch) for epoch, *_ in lines] == sorted(int(epoch) for epoch, *_ in lines) and lines[-1][0] == "16"
     first, last = ([float(x) for x in lines[i][3:]] for i in (0, -1))
     assert all(0.4 < x < 0.6 for x in first), "D knows nothing yet"
     assert last[0] > 0.65 and last[2] < 0.35, "D tells real from fake"
     grids = sorted(p for p in (out / "samples").iterdir() if p.stem.isdigit())
     before, after = (np.asarray(Image.open(grid), np.float32)[2:34, 2:34] for grid in (grids[0], grids[-1]))  # the first picture
-    assert after.std() > 2 * before.std() and after.std() > 4, "the grid is not grey"
+    assert after.std() > 4 and abs(after - before).mean() > 2, "the grid is not grey, and not what it was"
     assert str(out) in text.splitlines()[-1]
 
 
@@ -177,12 +174,66 @@ def test_a_run_folder_has_what_the_readme_says(straight):
     args = json.loads((out / "args.json").read_text())
     assert args["batch_size"] == 16 and args["lr"] == 2e-4 and args["in_force"]["precision"] == "fp32"
     saved, images = content(out / "checkpoint.pt"), sorted(int(p.stem.split("-")[1]) for p in out.glob("generator-*.pt"))
-    assert images[0] == 0 and images[-1] == saved["images"] and all(n % 32 == 0 for n in images[:-1])
+    assert images[0] == 0 and images[-1] == saved["images"] and all(n % 64 == 0 for n in images[:-1])
     generator = content(out / f"generator-{images[-1]:09d}.pt")
-    assert same(generator["G"], saved["G"]) and "D" not in generator
+    assert same(generator["G"], saved["G_ema"]) and "D" not in generator
     assert content(out / "checkpoint-previous.pt")["images"] == images[-2], "the last two are kept"
     G, latent = model.load_generator(out)
     assert (G.image_size, G.nz, latent) == (32, 8, "normal")
+
+
+def test_minutes_end_a_run_as_a_notice_does(pack, tmp_path):
+    out = tmp_path / "run"
+    done = run("train.py", *RUN, "--epochs", 10 ** 6, "--minutes", 0.1, "--save-minutes", 5, "--data", pack, "--out", out)
+    images = content(out / "checkpoint.pt")["images"]
+    assert 0 < images and re.search(rf"is at image {images:,} of [\d,]+;", done.stdout)
+    assert content(out / f"generator-{images:09d}.pt")["images"] == images and (out / "samples" / f"{images:09d}.png").exists()
+
+
+def test_the_score_is_in_the_log_the_table_and_tensorboard_and_the_best_generator_is_kept(tmp_path):
+    pack, out = tmp_path / "pack", tmp_path / "run"
+    run("prepare_data.py", "--demo", 240, "--image-size", 32, "--holdout", 0.4, pack)
+    done = run("train.py", *TINY, "--device", "cpu", "--data", pack, "--out", out, "--epochs", 3, "--log-every", 10, "--save-minutes", 0)
+    said = re.findall(r"score ([\d.]+) \(real images ([\d.]+)\)$", done.stdout, re.M)
+    head, *rows = (out / "scores.csv").read_text().splitlines()
+    table = [tuple(map(float, row.split(","))) for row in rows]
+    assert head == "images,score,floor" and len(table) == len(said) > 2
+    for (images, score, floor), (words, real) in zip(table, said):
+        assert abs(score - float(words)) < 0.1 and abs(floor - float(real)) < 0.1 and 0 < floor < score
+    board = EventAccumulator(str(out)).Reload()
+    assert [(event.step, round(event.value, 2)) for event in board.Scalars("score/generated")] == [(i, s) for i, s, _ in table]
+    assert {round(event.value, 2) for event in board.Scalars("score/real images")} == {table[0][2]}
+    best = min(table, key=lambda row: row[1])
+    assert content(out / "generator-best.pt")["images"] == best[0]
+    scored = run("sample.py", "--score", pack, "--checkpoint", out, cwd=tmp_path)
+    assert f"{best[1]:.1f}" in scored.stdout and f"{best[2]:.1f}" in scored.stdout, "the same number on the same images"
+    assert f"drawing from {out}/generator-best.pt" in scored.stdout
+
+
+def test_a_hold_out_too_small_for_a_score_is_said_once(straight):
+    out, text = straight
+    assert text.count("no score: ") == 1 and not (out / "scores.csv").exists() and not (out / "generator-best.pt").exists()
+
+
+def test_a_saved_generator_has_statistics_over_many_latents_and_training_keeps_its_own(straight):
+    saved = content(straight[0] / "checkpoint.pt")
+    G = model.Generator(32, 8, 4)
+    G.load_state_dict(saved["G_ema"])
+    first = G.main[0](model.latents(range(1024), 8).view(-1, 8, 1, 1))
+    torch.testing.assert_close(saved["G_ema"]["main.1.running_mean"], first.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(saved["G"]["main.1.running_mean"], saved["G_ema"]["main.1.running_mean"], rtol=1e-3, atol=1e-4)
+    assert saved["G"]["main.1.num_batches_tracked"] == saved["step"], "drawing went on beside it"
+
+
+def test_a_checkpoint_from_before_there_was_an_average_goes_on(trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "run")
+    (out / "checkpoint-previous.pt").unlink()
+    state, args = content(out / "checkpoint.pt"), json.loads((out / "args.json").read_text())
+    del state["G_ema"], args["launch"]
+    torch.save(state, out / "checkpoint.pt")
+    (out / "args.json").write_text(json.dumps({**args, "save_every": 500_000, "sample_every": 100_000}))
+    run("train.py", "--resume", "--out", out, "--epochs", 4)
+    assert content(out / "checkpoint.pt")["step"] > state["step"]
 
 
 def test_a_finished_run_resumes_to_say_that_it_is_complete(trained, tmp_path):
@@ -193,11 +244,11 @@ def test_a_finished_run_resumes_to_say_that_it_is_complete(trained, tmp_path):
     assert f"image {images:,} of {images:,}" in done.stdout and "Loss_D" not in done.stdout
     assert (out / "checkpoint.pt").read_bytes() == before
     then, now = (json.loads((folder / "args.json").read_text()) for folder in (trained, out))
-    assert {key for key in now if now[key] != then[key]} <= {"out", "resume", "in_force"}, "no argument is forgotten"
+    assert {key for key in now if now[key] != then[key]} <= {"out", "resume", "in_force", "launch"}, "no argument is forgotten"
 
 
 def test_a_benchmark_prints_a_row_and_leaves_no_run(pack, tmp_path):
-    done = run("train.py", *TINY, "--device", "cpu", "--data", pack, "--benchmark", 5, "--price", 3.06, cwd=tmp_path)
+    done = run("train.py", *TINY, "--device", "cpu", "--data", pack, "--benchmark", 0.3, "--price", 3.06, cwd=tmp_path)
     head, rule, row = done.stdout.splitlines()[-3:]
     assert head.startswith("| preset |") and set(rule) <= set("| -") and row.startswith("| naive-64 |")
     assert head.count("|") == rule.count("|") == row.count("|")
@@ -217,7 +268,7 @@ def test_a_run_killed_again_and_again_equals_one_that_never_was(straight, pack, 
             if out.exists() and chance.random() < 0.1:
                 time.sleep(chance.uniform(1, 6))  # while it starts
             else:
-                for _ in range(chance.randrange(7) if most > 3 else chance.randrange(10, 50)):
+                for _ in range(chance.randrange(3) if most > 3 else chance.randrange(2, 12)):
                     if training.until("from image|Loss_D|is at image")[0] == "is at image":
                         break
                 time.sleep(chance.uniform(0, 0.03))
@@ -227,7 +278,7 @@ def test_a_run_killed_again_and_again_equals_one_that_never_was(straight, pack, 
                 break
         if (out / "args.json").exists():  # else it was killed before there was a run
             words = ["--resume", "--out", out]
-        steps.append(model.load_newest(out)[1]["step"] if any(out.glob("checkpoint*")) else 0)
+        steps.append(model.load_first(model.checkpoints(out))[1]["step"] if any(out.glob("checkpoint*")) else 0)
     run("train.py", *words)
     print(f"{kills} kills, at step {steps}")
     assert_same_run(reference, out)
@@ -237,7 +288,7 @@ def test_streaming_from_the_disk_gives_the_same_run_killed_or_not(straight, pack
     reference, _ = straight
     out = tmp_path / "run"
     with Training(*RUN, "--stream", "--data", pack, "--out", out) as training:
-        training.until(r"\[70/")
+        training.until(r"\[72/")
         training.kill()
     run("train.py", "--resume", "--out", out, "--profile")
     assert_same_run(reference, out)
@@ -249,10 +300,10 @@ def test_a_notice_is_enough(straight, pack, tmp_path):
     """SIGTERM, then Ctrl-C, then damage to the newest checkpoint: each time --resume goes on, to the same end."""
     reference, _ = straight
     out = tmp_path / "run"
-    words = [*RUN, "--save-every", 320, "--data", pack, "--out", out]
+    words = [*RUN, "--save-minutes", 60, "--data", pack, "--out", out]
     for signum in (signal.SIGTERM, signal.SIGINT):
         with Training(*words) as training:
-            training.until(r"^\[\d+/20\]")
+            training.until(r"^\[\d+/16\]")
             training.process.send_signal(signum)
             sent = time.monotonic()
             assert training.end() == -signum and "Traceback" not in training.text, training.text
@@ -266,7 +317,8 @@ def test_a_notice_is_enough(straight, pack, tmp_path):
     done = run("train.py", *words)
     assert f"{out}/checkpoint.pt is damaged" in done.stderr and f"from image {at:,}" in done.stdout
     assert same(content(reference / "checkpoint.pt"), content(out / "checkpoint.pt"))
-    assert scalars(out) == scalars(reference)
+    logged = scalars(out)  # at the notices too
+    assert all(set(values) <= set(logged[name]) for name, values in scalars(reference).items())
 
 
 # ---- there is always a good checkpoint ------------------------------------------------------------------------------
@@ -280,8 +332,9 @@ def damage(path, rng=random.Random(0)):
 
 
 def saved(images):
-    """A checkpoint as train.py writes it, with something in it to recognise it by."""
-    return {"format": 1, "images": images, "step": images, "latent": "normal", "G": {"w": torch.full((20_000,), float(images))}}
+    """A checkpoint's files, with something in them to recognise them by."""
+    content = {"format": 1, "images": images, "step": images, "latent": "normal", "G": {"w": torch.full((20_000,), float(images))}}
+    return {f"generator-{images:09d}.pt": content, "checkpoint.pt": content}
 
 
 def test_a_kill_during_a_save_leaves_a_sound_checkpoint(tmp_path, request):
@@ -292,7 +345,8 @@ def test_a_kill_during_a_save_leaves_a_sound_checkpoint(tmp_path, request):
         if not (child := os.fork()):
             saver = train.Saver(tmp_path)
             for images in range(newest + 1, newest + 10_000):
-                saver.save(saved(images), wait=True)
+                saver.save(saved(images))
+                saver.join()
                 os.write(write, b".")
             os._exit(0)
         os.read(read, 1)  # it has saved once
@@ -302,7 +356,7 @@ def test_a_kill_during_a_save_leaves_a_sound_checkpoint(tmp_path, request):
         os.close(write)
         done = newest + 1 + len(os.read(read, 1 << 16))
         os.close(read)
-        path, found = model.load_newest(tmp_path)
+        path, found = model.load_first(model.checkpoints(tmp_path))
         assert found["images"] in (done, done + 1), "no save that was done is lost"
         assert found["G"]["w"].eq(found["images"]).all() and len(found["G"]["w"]) == 20_000
         if found["images"] > 1 and path.name == "checkpoint.pt":
@@ -326,7 +380,7 @@ def test_a_cut_or_changed_checkpoint_is_noticed_wherever_it_is_hit(trained, tmp_
             for _ in range(chance.choice((1, 1, 8))):
                 data[chance.randrange(len(data)) if i % 3 == 1 else -chance.randrange(1, 6000)] ^= 1 << chance.randrange(8)
         (tmp_path / "checkpoint.pt").write_bytes(data)
-        path, found = model.load_newest(tmp_path)
+        path, found = model.load_first(model.checkpoints(tmp_path))
         warned = f"warning: {tmp_path}/checkpoint.pt" in capsys.readouterr().err
         assert warned == (path.name == "checkpoint-previous.pt")
         assert same(found, before if warned else want), "damage that passes for a checkpoint"
@@ -346,16 +400,16 @@ def test_the_good_checkpoint_survives_the_saves_after_a_damaged_one(trained, tmp
 def test_a_slow_disk_stalls_nothing(tmp_path, monkeypatch, capsys):
     written, write_file = threading.Event(), train.write_file
     monkeypatch.setattr(train, "write_file", lambda *args, **kwargs: (written.wait(60), write_file(*args, **kwargs)))
-    saver, weights = train.Saver(tmp_path), saved(16)
-    saver.save(weights)  # comes back while the disk has not taken a byte
-    assert not list(tmp_path.glob("*.pt"))
-    weights["G"]["w"].fill_(-1)  # training goes on in the same tensors
-    saver.save(saved(32))
-    assert "still writing" in capsys.readouterr().err
+    saver, files = train.Saver(tmp_path), saved(16)
+    saver.save(files)  # comes back while the disk has not taken a byte
+    assert saver.busy() and not list(tmp_path.glob("*.pt"))
+    files["checkpoint.pt"]["G"]["w"].fill_(-1)  # training goes on in the same tensors
     written.set()
     saver.join()
+    assert not saver.busy()
     assert content(tmp_path / "checkpoint.pt")["G"]["w"].eq(16).all(), "it is the state as of the save"
-    saver.save(saved(48), wait=True)
+    saver.save(saved(48))
+    saver.join()
     assert content(tmp_path / "checkpoint.pt")["images"] == 48 and content(tmp_path / "checkpoint-previous.pt")["images"] == 16
 
 
@@ -365,22 +419,22 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(pack, tmp_path):
         resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     out = tmp_path / "run"
-    with Training(*RUN, "--epochs", 100_000, "--log-every", 5, "--save-every", 160, "--data", pack, "--out", out) as training:
-        training.until(r"\[25/")
+    with Training(*RUN, "--epochs", 100_000, "--log-every", 10, "--data", pack, "--out", out) as training:
+        training.until(r"\[30/")
         limit(4096)
         training.until("warning: no checkpoint at .*: File too large; training goes on")
         training.until("Loss_D")
         kept = [model.load_file(out / name)["images"] for name in ("checkpoint.pt", "checkpoint-previous.pt")]
         assert kept[0] > kept[1] and not list(out.glob("*.tmp"))
         limit(resource.RLIM_INFINITY)
-        while model.load_newest(out)[1]["images"] == kept[0]:
+        while model.load_first(model.checkpoints(out))[1]["images"] == kept[0]:
             training.until("Loss_D")
         limit(4096)
         training.until("warning: no checkpoint")
         training.process.send_signal(signal.SIGTERM)
         assert training.end() not in (0, -signal.SIGTERM), "it ends without having saved"
         assert re.search("^error: no checkpoint", training.text, re.M) and "Traceback" not in training.text, training.text
-    assert model.load_newest(out)[1]["images"] > kept[0]
+    assert model.load_first(model.checkpoints(out))[1]["images"] > kept[0]
     assert EventAccumulator(str(out)).Reload().Scalars("Loss_D")
 
 
@@ -391,7 +445,7 @@ def test_numbers_that_go_bad_stop_the_run_at_its_last_good_checkpoint(trained, t
         out = shutil.copytree(trained, tmp_path / says)
         poison(state := content(out / "checkpoint.pt"))
         torch.save(state, out / "checkpoint.pt")
-        done = run("train.py", "--resume", "--out", out, "--epochs", 4, "--save-every", 16, status=1)
+        done = run("train.py", "--resume", "--out", out, "--epochs", 4, "--save-minutes", 0, status=1)
         assert re.search(rf"^error: step (19|20): {says} ", done.stderr, re.M), done.stderr
         kept = content(out / "checkpoint.pt")
         assert kept["step"] < 20 and all(t.isfinite().all() for t in kept["G"].values()), "nothing bad is saved"
@@ -404,8 +458,9 @@ import hashlib, os, sys
 sys.path.insert(0, sys.argv[1])
 import train
 def main():
-    G, D = train.main(sys.argv[3:])
-    state = hashlib.sha256(b"".join(t.numpy().tobytes() for net in (G, D) for t in net.state_dict().values())).hexdigest()
+    model = train.main(sys.argv[3:])
+    weights = [p.detach().numpy().tobytes() for net in (model.G, model.D, model.G_ema) for p in net.parameters()]
+    state = hashlib.sha256(b"".join(weights)).hexdigest()
     open(sys.argv[2] + "/rank-" + os.environ["RANK"], "w").write(state)
 train.run(main)
 """
@@ -428,7 +483,7 @@ def test_a_rank_that_dies_costs_a_restart_and_the_ranks_end_alike(pack, tmp_path
     """Then the run goes on with a single process; nothing hangs."""
     long = request.config.getoption("--long")
     out, deaths = tmp_path / "run", (1, 0, 1) if long else (1,)
-    words = [*TINY, "--device", "cpu", "--epochs", 30, "--log-every", 1, "--save-every", 64, "--data", pack, "--out", out]
+    words = [*TINY, "--device", "cpu", "--epochs", 30, "--log-every", 1, "--save-minutes", 0, "--data", pack, "--out", out]
     with Training(argv=ranks(tmp_path, *words)) as training:
         for rank in deaths:
             training.until("from image")
@@ -439,7 +494,7 @@ def test_a_rank_that_dies_costs_a_restart_and_the_ranks_end_alike(pack, tmp_path
         assert training.end() == 0, training.text
     assert resumed > 0, "it goes on from a checkpoint"
     states = {(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)}
-    assert len(states) == 1, "weights and batch-norm statistics are the same everywhere"
+    assert len(states) == 1, "the weights are the same everywhere"
     if long:
         other = tmp_path / "uninterrupted"
         other.mkdir()
@@ -474,7 +529,7 @@ def test_every_rank_gets_its_frames_once_an_epoch(pack, stream):
     def frames(rank, world, start, n):
         source, got = train.batches(pack, args, cpu, rank, world, start), []
         while len(got) < n:
-            got += [frame.numpy().tobytes() for frame in next(source)]
+            got += [frame.numpy().tobytes() for frame in next(source)[0]]
         return got[:n]
 
     N = len(pack.train)
@@ -541,7 +596,7 @@ def foreign_files(trained, mark):
         "a format that is no number": lambda path: torch.save({**good, "format": torch.zeros(3)}, path),
         "a list": lambda path: torch.save([1, 2], path),
         "nothing of ours": lambda path: torch.save({"a": 1}, path),
-        "weights of another kind": lambda path: torch.save({**good, "G": {"main.0.weight": 5}, "D": [], "opt_G": None}, path),
+        "weights of another kind": lambda path: torch.save({**good, "G": {"main.0.weight": 5}, "G_ema": {}, "D": [], "opt_G": None}, path),
         "half of it": lambda path: path.write_bytes((trained / "checkpoint.pt").read_bytes()[:5000]),
         "a text file": lambda path: path.write_text("these are no weights\n"),
         "an empty file": lambda path: path.write_bytes(b""),
@@ -553,16 +608,15 @@ def foreign_files(trained, mark):
 
 def test_a_foreign_file_in_place_of_a_checkpoint_is_refused_and_runs_nothing(trained, tmp_path, capsys):
     mark, told = tmp_path / "executed", {}
-    net = [model.Generator(32, 8, 4), model.Discriminator(32, 4)]
     for name, write in foreign_files(trained, mark).items():
         out = tmp_path / name
         out.mkdir()
         shutil.copy(trained / "args.json", out)
         write(out / "checkpoint.pt")
         args = train.parse_args(["--resume", "--out", str(out)])
-        optimizers = [train.make_optimizer(each, args, torch.device("cpu")) for each in net]
+        networks = train.DCGAN(args, torch.device("cpu"), torch.float32)
         with pytest.raises((model.InputError, OSError)) as refused:
-            train.restore(net, optimizers, torch.amp.GradScaler("cpu", enabled=False), args)
+            train.resume(networks, args)
         told[name] = str(refused.value)
         assert str(out) in told[name] and "\n" not in told[name] and len(told[name]) < 400, told[name]
         if name not in ("another shape",):  # a generator of another shape is fine for sample.py
@@ -577,10 +631,7 @@ def test_a_foreign_file_in_place_of_a_checkpoint_is_refused_and_runs_nothing(tra
 def test_a_run_whose_arguments_were_edited_by_hand_is_refused_in_a_line(trained, tmp_path):
     good = json.loads((trained / "args.json").read_text())
     (tmp_path / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes())
-    for text in ("", "{", "[]", "null", "7", json.dumps({**good, "lr": "fast"}), json.dumps({**good, "batch_size": [16]}),
-                 json.dumps({**good, "batch_size": 0}), json.dumps({**good, "preset": "mine"}), json.dumps({**good, "lr": None}),
-                 json.dumps({**good, "image_size": 48}), json.dumps({**good, "mirror": "yes"}), json.dumps({**good, "log_every": 0.5}),
-                 '{"lr": NaN}', json.dumps({**good, "lr": math.nan}), "\xff\xfe"):
+    for text in ("", "{", "[]", "null", "7", "{}", json.dumps({**good, "lr": "fast"}), json.dumps({**good, "preset": "mine"}), "\xff\xfe"):
         (tmp_path / "args.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(model.InputError) as refused:
             train.parse_args(["--resume", "--out", str(tmp_path)])
@@ -590,9 +641,9 @@ def test_a_run_whose_arguments_were_edited_by_hand_is_refused_in_a_line(trained,
 # ---- what is mistyped -----------------------------------------------------------------------------------------------
 
 NUMBERS = {  # the options, and those of the values below that make sense for them
-    "--epochs": (), "--seed": ("0",), "--save-every": (), "--sample-every": (), "--log-every": (), "--benchmark": (), "--nz": (),
+    "--epochs": (), "--seed": ("0",), "--minutes": ("1.5",), "--save-minutes": ("0", "1.5"), "--log-every": (), "--benchmark": ("1.5",), "--nz": (),
     "--ngf": (), "--ndf": (), "--batch-size": (), "--lr": (), "--beta1": ("0",), "--weight-decay": ("0",),
-    "--instance-noise": ("0",), "--price": ("0", "1.5"), "--peak-tflops": ("0", "1.5"), "--image-size": (), "--kernel-size": ()}
+    "--instance-noise": ("0",), "--price": ("0", "1.5"), "--image-size": (), "--kernel-size": ()}
 
 
 @pytest.mark.parametrize("script, options", [("train", NUMBERS), ("sample", {"--n": (), "--scale": (), "--seeds": ("0",)}),
@@ -641,7 +692,7 @@ def test_what_does_not_fit_together_is_a_line_before_any_work(pack, trained, tmp
         try:
             train.main([*map(str, words)])
             raise AssertionError(f"{words} is taken")
-        except (model.InputError, prepare_data.InputError) as error:
+        except model.InputError as error:
             assert says in str(error) and "\n" not in str(error), error
         except OSError as error:  # run() makes a line of it
             assert says in str(error)

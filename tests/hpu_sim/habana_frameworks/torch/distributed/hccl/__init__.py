@@ -56,6 +56,9 @@ class ProcessGroupHccl(dist.ProcessGroup):
 
 if not hasattr(dist.Backend, "HCCL"):
     dist.Backend.register_backend("hccl", ProcessGroupHccl, devices=["hpu"])
+    # Newer torch (2.15) attaches a flight recorder, by the group's name, where a backend does not record itself; a group that is
+    # written in Python has no name. Gloo, which plays this one, records itself.
+    getattr(dist.distributed_c10d, "_FR_SELF_RECORDING_BACKENDS", set()).add("hccl")
 
 
 def initialize_distributed_hpu(world_size=None, rank=None, local_rank=None):
