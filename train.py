@@ -380,8 +380,8 @@ class DCGAN:
         self.cut_graph()
 
     def settle(self):
-        """The average of G in eval mode, its batch statistics taken afresh over 1,024 latents: those of training are of
-        16 images at a time, and of other weights. Training's own are left alone."""
+        """The average of G in eval mode, its batch statistics taken afresh over 1,024 latents: those of training are of a
+        batch or so, and of other weights. Training's own are left alone."""
         update_bn(latents(range(1024), self.args.nz, self.args.latent).to(self.device).split(64), self.G_ema)
         return self.G_ema.eval()
 
@@ -442,7 +442,8 @@ def make_fast(model, args, device, rank, gflop):
         needs = "--compile needs a C compiler, on cuda Triton and compute capability 7.0, on hpu PT_HPU_LAZY_MODE=0"
         if args.compile:
             raise InputError(needs)
-        print(f"not compiled: {needs}", flush=True) if rank == 0 else None
+        if rank == 0:
+            print(f"not compiled: {needs}", flush=True)
     elif wanted:
         for net in (model.G, model.D):
             net.compile(backend="hpu_backend" if device.type == "hpu" else "inductor")
@@ -619,7 +620,7 @@ class Run:
         began, args, G = time.monotonic(), self.args, self.model.settle()
         generator = {"format": FORMAT, "images": images, "latent": args.latent, "G": cpu_state(G)}
         if wait or not self.saver.busy():
-            checkpoint = {**generator, **self.model.state(), "step": step}
+            checkpoint = {**generator, **self.model.state(), "step": step}  # its G is the one in training
             self.saver.save({f"generator-{images:09d}.pt": generator, "checkpoint.pt": checkpoint})
         else:
             print("warning: the disk is still writing the last checkpoint; this one is left out", file=sys.stderr)
@@ -743,7 +744,7 @@ def main(argv=None):
         total = images  # and no training
     if keeper:
         keeper.start(model, step, images, device=device_name, world=world, precision=precision,
-                  bf16_ops=lists and lists[0], fp32_ops=lists and lists[1])
+                     bf16_ops=lists and lists[0], fp32_ops=lists and lists[1])
 
     leave, notice = 0, []  # a spot machine's SIGTERM, or Ctrl-C: finish the step, save, go
     for signum in (signal.SIGTERM, signal.SIGINT):
