@@ -12,7 +12,7 @@ import io
 import re
 from pathlib import Path
 
-from model import (InputError, Parser, choose_device, latents, load_generator, number, render, run, seed_list,
+from model import (DEVICES, InputError, Parser, choose_device, latents, load_generator, number, render, run, seed_list,
                    write_file)  # before torch, which would load Gaudi's plugin by itself
 
 import torch
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     add("--grid", type=grid_size, default=(1, 1), help="columns and rows of scenes (default: 1x1); in a .png each is a row")
     add("--scale", type=number(int, 1, 8), default=1, help="enlarge so many times (default: 1)")
     add("--out", type=Path, default=Path("scene.gif"), help="a .gif, .webp, or .png for a strip (default: scene.gif)")
-    add("--device", choices=("auto", "cuda", "hpu", "cpu"), default="auto")
+    add("--device", choices=DEVICES, default="auto")
     args = parser.parse_args(argv)
     scenes = args.grid[0] * args.grid[1]
     args.seeds = args.seeds or range(6 * scenes)

@@ -202,6 +202,7 @@ class Score:
 
 # ---- devices --------------------------------------------------------------------------------------------------------
 
+DEVICES = ("auto", "cuda", "hpu", "cpu")
 GAUDI = ("habana-torch-plugin is not on the package index: it comes with Gaudi's own PyTorch, in its container or by "
          "its installer (docs.habana.ai, Installation Guide)")
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from model import (Discriminator, InputError, Parser, Score, choose_device, cut_windows, init_weights, latents,
+from model import (DEVICES, Discriminator, InputError, Parser, Score, choose_device, cut_windows, init_weights, latents,
                    load_discriminator, load_generator, number, render, run, seed_list,
                    write_file)  # before torch, which would load Gaudi's plugin by itself
 
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     seeds.add_argument("--n", type=number(int, 1, 10_000_000), help="so many: seeds 0 to N-1")
     add("--scale", type=number(int, 1, 8), default=1, help="enlarge so many times (default: 1)")
     add("--out", type=Path, help="file of the picture, or folder with --separate (default: named after its content)")
-    add("--device", choices=("auto", "cuda", "hpu", "cpu"), default="auto")
+    add("--device", choices=DEVICES, default="auto")
     add = parser.add_argument_group("instead of one grid of the seeds").add_mutually_exclusive_group().add_argument
     add("--separate", action="store_true", help="one PNG a seed, named after it, in the folder --out")
     add("--score", type=Path, metavar="PACK", help="print the distance from this pack's held-out frames")

@@ -5,11 +5,10 @@
     python train.py --device hpu --data /mnt/gp3/msls --preset clamp-64
     torchrun --nproc-per-node 8 train.py --device hpu --data packs/msls
     python train.py --data packs/streets --resume          # go on where the run stopped
-    python train.py --benchmark --price 13.11              # trains nothing, saves nothing: a row for the speed table
 
 A run is a folder: checkpoint.pt, generator-<images>.pt, generator-best.pt, samples/<images>.png, scores.csv, args.json
 and TensorBoard's events (tensorboard --logdir runs). The losses are Goodfellow's (2014, section 3, the non-saturating
-form for G). To change the loss or the step, see DCGAN; what it is fed, batches; a device, set_up_device and make_fast.
+form for G). To change the loss, see DCGAN.step; what it is fed, batches; what a device needs, on_cuda, on_hpu, on_cpu.
 """
 import argparse
 import copy
@@ -32,6 +31,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 try:
     import fcntl
@@ -40,45 +40,37 @@ except ImportError:  # Windows: nothing keeps two runs apart there
 
 import numpy as np
 
-from model import (FORMAT, PRESETS, Discriminator, Generator, InputError, Parser, Score, checkpoints, choose_device,
-                   cut_windows, init_weights, latents, load_first, number, render, run,
+from model import (DEVICES, FORMAT, PRESETS, Discriminator, Generator, InputError, Parser, Score, checkpoints,
+                   choose_device, cut_windows, init_weights, latents, load_first, number, render, run,
                    write_file)  # before torch, which would load Gaudi's plugin by itself
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from PIL import Image
 from torchvision.utils import make_grid
 
 import prepare_data
 
+DEMO = dict(epochs=1000, minutes=4.5, save_minutes=1)  # without --data: streets to see in five minutes on two CPU cores
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")  # what a step returns
 EMA = 0.995  # of the average of G that draws, a step: it forgets in some 200 steps
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
-DEMO = dict(epochs=1000, minutes=4.5, save_minutes=1)  # without --data: streets to see in five minutes on two CPU cores
-
-
-def launch():
-    """What tells one start of torchrun from another, and is the same after its restarts."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-
-
 def parse_args(argv=None):
     """argparse.Namespace of what is in force: the command line over the resumed run's arguments over the preset's."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    share, many, dollars = number(float, 0, 1), number(int, 1), number(float, 0)
     add = parser.add_argument
     add("--data", help="a pack, an MSLS tree, a folder of its archives, or any images (default: drawn streets)")
     add("--preset", choices=PRESETS, help="what the second list holds (default: naive-64, and demo-64 without --data)")
     add("--out", help="the run's folder (default: runs/<preset>)")
     add("--resume", action="store_true", help="go on from the newest sound checkpoint in --out")
-    add("--device", choices=("auto", "cuda", "hpu", "cpu"), default="auto", help="where to train (default: auto)")
+    add("--device", choices=DEVICES, default="auto", help="where to train (default: auto, the best there is)")
     add("--epochs", type=number(int, 1, 10 ** 6), default=25, help="times that every frame is seen (default: 25)")
     add("--minutes", type=number(float, 0.01), help="end after so many, saved and drawn, if the epochs have not ended")
     add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of weights, order and noise (default: 0)")
@@ -90,10 +82,8 @@ def parse_args(argv=None):
     add("--graph", action=argparse.BooleanOptionalAction, default=True, help="on cuda, each step as one CUDA graph")
     add("--stream", action="store_true", help="read the pack as it goes, though it would fit on the device")
     add("--save-minutes", type=number(float, 0), default=5, help="between checkpoints, grids and scores (default: 5)")
-    add("--log-every", type=many, default=50, help="steps between log lines; others copy nothing back (default: 50)")
+    add("--log-every", type=number(int, 1), default=50, help="steps between log lines; others copy nothing back (50)")
     add("--profile", action="store_true", help="write a torch.profiler trace of some steps for TensorBoard")
-    add("--benchmark", nargs="?", const=10, type=number(float, 0.1), metavar="SECONDS", help="measure, keep nothing")
-    add("--price", type=dollars, help="dollars an hour, for --benchmark")
     add = parser.add_argument_group("the preset's, unless typed").add_argument
     add("--image-size", type=int, choices=(32, 64, 128, 256), help="pixels")
     add("--kernel-size", type=int, choices=(4, 5), help="4, or the paper's 5")
@@ -104,11 +94,11 @@ def parse_args(argv=None):
     add("--batch-size", type=number(int, 2, 65536), help="images a step and process")
     add("--lr", type=number(float, 1e-9, 1), help="learning rate")
     add("--beta1", type=number(float, 0, 0.9999), help="Adam's")
-    add("--weight-decay", type=share, help="AdamW's")
-    add("--instance-noise", type=share, help="std of the noise on D's input")
+    add("--weight-decay", type=number(float, 0, 1), help="AdamW's")
+    add("--instance-noise", type=number(float, 0, 1), help="std of the noise on D's input")
 
     typed = parser.parse_args(argv)  # once to learn where defaults come from, and once more with them
-    demo = not (typed.data or typed.preset or typed.benchmark)
+    demo = not (typed.data or typed.preset)
     preset = typed.preset or ("demo-64" if demo else "naive-64")
     out = Path(typed.out or f"runs/{preset}")
     try:
@@ -128,168 +118,65 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---- precision and device -------------------------------------------------------------------------------------------
-
-# Mixed precision, op by op. On hpu these lists replace the plugin's own; --bf16-ops and --fp32-ops change them.
-# Convolutions and what is element-wise are cheap and safe in bf16; statistics and the loss want fp32's digits.
-BF16_OPS = "conv2d conv_transpose2d linear addmm mm bmm matmul relu leaky_relu tanh".split()
-FP32_OPS = "batch_norm binary_cross_entropy_with_logits sigmoid softplus mean sum div exp log pow rsqrt".split()
-NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}  # the plugin lowers their input alone
-GAUDI_LISTS = {"bf16_ops": "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST", "fp32_ops": "PT_HPU_AUTOCAST_FP32_OPS_LIST"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KEPT = []  # what has to live as long as the op lists are in force
-
-
-def op_list(text, default, flag):
-    """Op names from what was typed: a file with one a line, 'relu,tanh', or '+relu,-tanh' to change the default."""
-    if text is None:
-        return sorted(default)
-    lines = Path(text).read_text(errors="replace").splitlines() if os.path.isfile(text) else [text]
-    names = [name for line in lines for name in line.split("#")[0].replace(",", " ").split()]
-    ops = set(default) if names and all(n[0] in "+-" for n in names) else set()
-    for name in names:
-        op = name.lstrip("+-")
-        if not op.isidentifier() or not isinstance(getattr(torch.ops.aten, op, None), torch._ops.OpOverloadPacket):
-            raise InputError(f"{flag} {text}: there is no such file, and torch has no op named '{op}'")
-        if name.startswith("-") and op not in ops:
-            raise InputError(f"{flag} {text}: {op} is not on the list")
-        ops.discard(op) if name.startswith("-") else ops.add(op)
-    if not ops:
-        raise InputError(f"{flag} {text}: no op in it")
-    return sorted(ops)
-
-
-def op_lists(args, gaudi=False):
-    """(ops in low precision, ops in fp32), or None where torch's own autocast decides: no list asked for, and no Gaudi.
-
-    Lists that a launch script put into the plugin's variables count as asked for.
-    """
-    typed = {key: getattr(args, key) or (os.environ.get(env) if gaudi else None) for key, env in GAUDI_LISTS.items()}
-    if args.precision == "fp32":
-        if args.bf16_ops or args.fp32_ops:
-            raise InputError("--bf16-ops and --fp32-ops need mixed precision: leave out --precision fp32, or the lists")
-        return None
-    if not gaudi and not any(typed.values()):
-        return None
-    low = op_list(typed["bf16_ops"], BF16_OPS, "--bf16-ops")
-    high = op_list(typed["fp32_ops"], FP32_OPS, "--fp32-ops")
-    if both := sorted(set(low) & set(high)):
-        raise InputError(f"{both[0]} is on both lists: take it off one, as with --fp32-ops=-{both[0]}")
-    return low, high
-
-
-def apply_op_lists(lists, device, dtype=None):
-    """Make autocast obey the lists: on hpu by files for the plugin, which reads them as it loads, elsewhere at once.
-
-    There an op's autocast kernel becomes: cast its floating-point arguments, then call it with autocast off. That is
-    one level of Python for a listed op, and nothing for the others; torch.compile traces through it.
-    """
-    if device == "hpu":
-        KEPT.append(folder := tempfile.TemporaryDirectory(prefix="op-lists-"))
-        for ops, env in zip(lists, GAUDI_LISTS.values()):
-            path = Path(folder.name, env)
-            path.write_text("\n".join(ops) + "\n")
-            os.environ[env] = str(path)
-        return
-    KEPT.append(library := torch.library.Library("aten", "IMPL", f"Autocast{device.upper()}"))
-    for ops, target in zip(lists, (dtype, torch.float32)):
-        for name in ops:
-            packet = getattr(torch.ops.aten, name)
-            for overload in (getattr(packet, o) for o in packet.overloads()):
-                def kernel(*xs, op=overload, first=name in NORMS, target=target, **kw):
-                    def cast(x):
-                        return x.to(target) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-                    with torch.autocast(device, enabled=False):
-                        return op(cast(xs[0]), *xs[1:], **kw) if first else op(*map(cast, xs), **kw)
-                with warnings.catch_warnings():  # that it replaces torch's own rule for the op is the point
-                    warnings.simplefilter("ignore")
-                    library.impl(overload, kernel)
-
-
-def set_up_device(args, local):
-    """(torch.device, 'fp32' | 'bf16' | 'fp16', op lists or None) of the process numbered `local` on this machine."""
-    gaudi = args.device == "hpu" or (args.device == "auto" and not torch.cuda.is_available()
-                                     and find_spec("habana_frameworks") is not None)
-    lists = op_lists(args, gaudi)
-    if lists and gaudi:
-        apply_op_lists(lists, "hpu")  # before the plugin, which reads them as it loads
-    device, precision = choose_device(args.device), args.precision
-    if device.type == "hpu":
-        if precision == "fp16":
-            raise InputError("--precision fp16 is for GPUs without bf16, and hpu has it: leave the option out")
-        return device, "bf16" if precision == "auto" else precision, lists
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise InputError(f"process {local + 1} of this machine, and {torch.cuda.device_count()} GPUs: start one a GPU")
-        torch.cuda.set_device(local)
-        torch.backends.cudnn.benchmark = True  # shapes never change
-        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32; for speed there is bf16
-        fast = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    else:
-        fast = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-    precision = fast if precision == "auto" else precision
-    if lists := op_lists(args):
-        precision = "bf16" if precision == "fp32" else precision  # lists ask for mixed precision, fast here or not
-        apply_op_lists(lists, device.type, DTYPES[precision])
-    return device, precision, lists
+def launch():
+    """What tells one start of torchrun from another, and is the same after its restarts."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
 
 
 # ---- data: uint8 frames, from the pack to the device ----------------------------------------------------------------
 
-def row_batches(n, frame_bytes, batch, seed, start, advise=lambda rows: None):
-    """Without end: int64 (batch,) row numbers of n frames, every row once an epoch, from image `start` of the run on.
+def row_batches(n, chunk, batch_size, seed, start, advise=lambda rows: None):
+    """Without end: int64 (batch_size,) row numbers of n frames, every row once an epoch, from image `start` of the run.
 
-    Chunks of rows that stand together on the disk (1 MB, read at its full rate) come in random order; a pool of them
-    (256 MB: thousands of frames from hundreds of places) is shuffled frame by frame. A pool is announced to `advise`
-    one pool ahead. A batch may reach over the end of an epoch: it is never short, so shapes are static.
+    Chunks of so many rows, that stand together on the disk, come in random order; a pool of 256 of them (thousands of
+    frames from hundreds of places) is shuffled frame by frame. A pool is announced to `advise`, by the first row of
+    each chunk, one pool ahead. A batch may reach over the end of an epoch: it is never short, so shapes are static.
     """
-    chunk = max(1, 2 ** 20 // frame_bytes)
     rows, skip = np.empty(0, np.int64), start % n
     for epoch in itertools.count(start // n):
         rng = np.random.default_rng((*seed, epoch))
-        chunks = rng.permutation(-(-n // chunk))
-        for pool in np.split(chunks, range(256, len(chunks), 256)):
-            pool = (pool[:, None] * chunk + np.arange(chunk)).ravel()
-            pool = rng.permutation(pool[pool < n])
+        firsts = chunk * rng.permutation(-(-n // chunk))
+        for pool in np.split(firsts, range(256, len(firsts), 256)):
             advise(pool)
+            pool = (pool[:, None] + np.arange(chunk)).ravel()
+            pool = rng.permutation(pool[pool < n])
             rows, skip = np.concatenate([rows, pool])[skip:], max(0, skip - len(rows) - len(pool))
-            while len(rows) >= batch + len(pool):  # the newest pool waits: the disk is still reading it
-                yield rows[:batch]
-                rows = rows[batch:]
+            while len(rows) >= batch_size + len(pool):  # the newest pool waits: the disk is still reading it
+                yield rows[:batch_size]
+                rows = rows[batch_size:]
 
 
 def batches(pack, args, device, rank, world, start):
-    """Without end: (uint8 (batch, H, W, 3) on the device, seconds waited for it). Each rank has its slice of the pack.
+    """Without end: (uint8 (batch_size, H, W, 3) on the device, seconds waited for it).
 
-    The slices are of one length. A slice lives on the device if it takes no more than half of the memory there; else it
-    stays on the disk, where a thread reads ahead. The pack's sequences are shuffled: a slice samples all cities.
+    Each rank has its slice of the pack, all of one length: it samples all cities, as the pack's sequences are shuffled.
+    It lives on the device if it takes no more than half of the memory there; else a thread reads ahead on the disk.
     """
     n = -(-len(pack.train) // world)
     first = min(rank * n, len(pack.train) - n)  # the last slice overlaps its neighbour by less than a frame a rank
-    frames = pack.train[first:first + n]
-    free = {"cuda": lambda: torch.cuda.mem_get_info()[0],
-            "cpu": lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2 ** 33,
-            "hpu": lambda: getattr(torch.hpu, "mem_get_info", lambda: [16 * 2 ** 30])()[0]}[device.type]()
-    rows = functools.partial(row_batches, n, frames[0].nbytes, seed=(args.seed, rank), start=start // world)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")  # nor do we write
-        frames = torch.from_numpy(frames)
-    if frames.nbytes * (world if device.type == "cpu" else 1) <= free / 2 and not args.stream:
-        frames = frames.to(device, copy=True)
-        for many in rows(64 * args.batch_size):  # without end; row numbers go up for 64 steps at once
-            for picked in torch.from_numpy(many).to(device).split(args.batch_size):
-                yield frames.index_select(0, picked), 0.0
+        frames = torch.from_numpy(pack.train[first:first + n])
+    frame_bytes = frames[0].nbytes
+    chunk = max(1, 2 ** 20 // frame_bytes)  # 1 MB: a disk reads such at its full rate
+    order = functools.partial(row_batches, n, chunk, seed=(args.seed, rank), start=start // world)
+    if frames.nbytes <= device.free_memory(world) / 2 and not args.stream:
+        frames = frames.to(device.type, copy=True)
+        for rows in order(64 * args.batch_size):  # without end; row numbers go up for 64 steps at once
+            for part in torch.from_numpy(rows).to(device.type).split(args.batch_size):
+                yield frames.index_select(0, part), 0.0
 
-    fd, size, header = os.open(pack.train.filename, os.O_RDONLY), frames[0].nbytes, pack.train.offset
+    fd = os.open(pack.train.filename, os.O_RDONLY)
 
-    def advise(pool):  # the kernel reads these runs of rows into its cache while we go on
-        for span in np.split(np.sort(pool), np.flatnonzero(np.diff(np.sort(pool)) > 1) + 1):
-            os.posix_fadvise(fd, header + (first + int(span[0])) * size, len(span) * size, os.POSIX_FADV_WILLNEED)
+    def advise(firsts):  # the kernel reads these chunks into its cache while we go on
+        for row in firsts.tolist() if hasattr(os, "posix_fadvise") else ():
+            place = pack.train.offset + (first + row) * frame_bytes
+            os.posix_fadvise(fd, place, chunk * frame_bytes, os.POSIX_FADV_WILLNEED)
 
-    order = rows(args.batch_size, advise=advise if hasattr(os, "posix_fadvise") else lambda pool: None)
+    rows = order(args.batch_size, advise=advise)
 
     def read():
-        batch = frames.index_select(0, torch.from_numpy(next(order)))
+        batch = frames.index_select(0, torch.from_numpy(next(rows)))
         return batch.pin_memory() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1) as reader:
@@ -299,7 +186,7 @@ def batches(pack, args, device, rank, world, start):
             with torch.profiler.record_function("waiting for data"):
                 batch = ahead.popleft().result()
             ahead.append(reader.submit(read))
-            yield batch.to(device, non_blocking=True), time.perf_counter() - asked
+            yield batch.to(device.type, non_blocking=True), time.perf_counter() - asked
 
 
 # ---- the networks in training, and one step -------------------------------------------------------------------------
@@ -310,43 +197,35 @@ class DCGAN:
     The first weights come from --seed, so that all ranks begin alike, and the gradients' mean keeps them so.
     """
 
-    def __init__(self, args, device, dtype, world=1):
-        self.args, self.device, self.dtype, self.world = args, device, dtype, world
-        self.graph = args.graph and device.type == "cuda" and dtype != torch.float16  # fp16's scaler looks at gradients
-        layout = torch.contiguous_format if device.type == "hpu" else torch.channels_last  # 1.1×; Gaudi has its own
+    def __init__(self, args, device, world=1):
+        self.args, self.device, self.world = args, device, world
         torch.manual_seed(args.seed)
         G = Generator(args.image_size, args.nz, args.ngf, 3, args.kernel_size).apply(init_weights)
         D = Discriminator(args.image_size, args.ndf, 3, args.kernel_size).apply(init_weights)
-        self.G, self.D = (net.to(device, memory_format=layout) for net in (G, D))
+        self.G, self.D = (net.to(device.type, memory_format=device.layout) for net in (G, D))
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
-        # AdamW with weight decay 0 is Adam; one fused kernel; on hpu the plugin's, with torch's epsilon.
+        # AdamW with weight decay 0 is Adam
         kwargs = dict(lr=args.lr, betas=(args.beta1, 0.999), eps=1e-8, weight_decay=args.weight_decay)
-        if device.type == "hpu":
-            from habana_frameworks.torch.core import mark_step
-            from habana_frameworks.torch.hpex.optimizers import FusedAdamW as Adam
-            self.cut_graph = mark_step  # in lazy mode the ops collected so far go to the card; eager mode ignores it
-        else:
-            Adam = functools.partial(torch.optim.AdamW, fused=True, capturable=self.graph)
-            self.cut_graph = lambda: None
-        self.opt_G, self.opt_D = (Adam(net.parameters(), **kwargs) for net in (self.G, self.D))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.opt_G, self.opt_D = (device.AdamW(net.parameters(), **kwargs) for net in (self.G, self.D))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
 
     def step(self, frames):
         """uint8 frames (N, H, W, 3) → float32 (5,) on the device, as STATS names it: one update of D, then one of G."""
         args, G, D, bce = self.args, self.G, self.D, F.binary_cross_entropy_with_logits
         real = cut_windows(frames, args.image_size, args.mirror)
-        z = torch.empty(len(frames), args.nz, device=self.device)
+        z = torch.empty(len(frames), args.nz, device=self.device.type)
         z = z.normal_() if args.latent == "normal" else z.uniform_(-1, 1)
+
         with self.autocast():
             fake = G(z)
             on_real, on_fake = self.look(real), self.look(fake.detach())  # apart: each has its own batch statistics
-            loss_D = bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))
+        loss_D = bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))
         self.update(self.opt_D, loss_D)
 
         D.requires_grad_(False)  # its gradients are not wanted now: a quarter of D's backward
         with self.autocast():
             on_fake_after = self.look(fake)  # the same fakes, seen by the better D
-            loss_G = bce(on_fake_after, torch.ones_like(on_fake_after))
+        loss_G = bce(on_fake_after, torch.ones_like(on_fake_after))
         self.update(self.opt_G, loss_G)
         D.requires_grad_(True)
 
@@ -358,31 +237,35 @@ class DCGAN:
         return torch.stack([loss_D.detach(), loss_G.detach(), *probabilities])
 
     def autocast(self):
-        """One a forward pass: it caches weights in bf16, which an optimizer's step makes stale."""
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        """One a forward pass: it caches weights in bf16, which an optimizer's step makes stale. The losses are fp32."""
+        dtype = DTYPES[self.device.precision]
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 
     def look(self, images):
         """D's logits, float32 (N,), of images with instance noise."""
         if std := self.args.instance_noise:
-            images = images + std * torch.randn(images.shape, device=self.device)  # the same in any memory layout
+            images = images + std * torch.randn(images.shape, device=images.device)  # the same in any memory layout
         return self.D(images).float()
 
     def update(self, optimizer, loss):
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.cut_graph()
+        self.device.mark_step()
         if self.world > 1:  # the mean over the ranks, in one message
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
             dist.all_reduce(together := torch.cat([g.flatten() for g in gradients]))
             for g, part in zip(gradients, together.split([g.numel() for g in gradients])):
                 g.copy_(part.view(g.shape) / self.world)
         self.scaler.step(optimizer)
-        self.cut_graph()
+        self.device.mark_step()
 
     def settle(self):
-        """The average of G in eval mode, its batch statistics taken afresh over 1,024 latents: those of training are of a
-        batch or so, and of other weights. Training's own are left alone."""
-        update_bn(latents(range(1024), self.args.nz, self.args.latent).to(self.device).split(64), self.G_ema)
+        """The average of G in eval mode, its batch statistics taken afresh over 1,024 latents.
+
+        Those of training are of a batch or so, and of other weights; they are left alone.
+        """
+        z = latents(range(1024), self.args.nz, self.args.latent).to(self.device.type)
+        update_bn(z.split(64), self.G_ema)
         return self.G_ema.eval()
 
     def state(self):
@@ -424,21 +307,175 @@ def load_adam_state(optimizer, saved):
         group["step"] = saved["step"]
 
 
+# ---- devices: what each needs, and what runs in which precision ------------------------------------------------------
+
+def set_up_device(args, local):
+    """A namespace of what on_cuda, on_hpu or on_cpu says of the device of process `local` on this machine, and of
+
+    type, name, precision ('fp32' | 'bf16' | 'fp16'), and lists: the ops in low precision and in fp32, or None. Another
+    device is another such function, and a branch in model.choose_device.
+    """
+    gaudi = args.device == "hpu" or (args.device == "auto" and not torch.cuda.is_available()
+                                     and find_spec("habana_frameworks") is not None)
+    lists = op_lists(args, gaudi)
+    if lists and gaudi:
+        give_to_plugin(lists)  # before it loads, which is when it reads them
+    kind = choose_device(args.device).type
+    device = {"cuda": on_cuda, "hpu": on_hpu, "cpu": on_cpu}[kind](local)
+    precision = device.fast if args.precision == "auto" else args.precision
+    if kind == "hpu" and precision == "fp16":
+        raise InputError("--precision fp16 is for GPUs without bf16, and hpu has it: leave the option out")
+    if kind != "hpu" and (lists := op_lists(args)):
+        precision = "bf16" if precision == "fp32" else precision  # lists ask for mixed precision, fast here or not
+        patch_autocast(lists, kind, DTYPES[precision])
+    device.type, device.precision, device.lists = kind, precision, lists
+    device.name = f"{torch.get_num_threads()} CPU threads" if kind == "cpu" else getattr(torch, kind).get_device_name()
+    return device
+
+
+def on_cuda(local):
+    if local >= torch.cuda.device_count():
+        raise InputError(f"process {local + 1} of this machine, and {torch.cuda.device_count()} GPUs: start one a GPU")
+    torch.cuda.set_device(local)
+    torch.backends.cudnn.benchmark = True  # shapes never change
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32; for speed there is bf16
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # without a graph
+    capability = torch.cuda.get_device_capability()
+    return SimpleNamespace(
+        fast="bf16" if capability >= (8, 0) else "fp16",
+        free_memory=lambda world: torch.cuda.mem_get_info()[0],
+        layout=torch.channels_last,  # 1.1×
+        AdamW=functools.partial(torch.optim.AdamW, fused=True, capturable=True),  # one kernel, that a graph may hold
+        mark_step=lambda: None,
+        compiler="inductor" if capability >= (7, 0) and find_spec("triton") and c_compiler() else None,
+        compiling_pays=True,
+        graph=graphed,
+        seed=torch.cuda.manual_seed,
+        backend="nccl")
+
+
+def on_hpu(local):
+    from habana_frameworks.torch.core import mark_step
+    from habana_frameworks.torch.hpex.optimizers import FusedAdamW
+    if "RANK" in os.environ:
+        import habana_frameworks.torch.distributed.hccl  # noqa: F401  makes the backend known
+    return SimpleNamespace(
+        fast="bf16",
+        free_memory=lambda world: torch.hpu.mem_get_info()[0] if hasattr(torch.hpu, "mem_get_info") else 16 * 2 ** 30,
+        layout=torch.contiguous_format,  # it has one of its own
+        AdamW=FusedAdamW,
+        mark_step=mark_step,  # in lazy mode the ops collected so far go to the card; eager mode ignores it
+        compiler=None if os.environ.get("PT_HPU_LAZY_MODE") == "1" else "hpu_backend",
+        compiling_pays=os.environ.get("PT_HPU_LAZY_MODE") != "1",
+        graph=lambda step: step,
+        seed=lambda seed: getattr(torch.hpu, "random", torch.hpu).manual_seed_all(seed),
+        backend="hccl")
+
+
+def on_cpu(local):
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2 ** 33
+    return SimpleNamespace(
+        fast="bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32",
+        free_memory=lambda world: memory / world,
+        layout=torch.channels_last,
+        AdamW=functools.partial(torch.optim.AdamW, fused=True),
+        mark_step=lambda: None,
+        compiler="inductor" if c_compiler() else None,
+        compiling_pays=False,  # it gains 3%
+        graph=lambda step: step,
+        seed=torch.default_generator.manual_seed,
+        backend="gloo")
+
+
+def c_compiler():
+    return any(map(shutil.which, ("cc", "gcc", "clang", "cl")))
+
+
+# Mixed precision, op by op. On hpu these lists replace the plugin's own; --bf16-ops and --fp32-ops change them.
+# Convolutions and what is element-wise are cheap and safe in bf16; statistics want fp32's digits, and so does the loss,
+# which stands outside autocast.
+BF16_OPS = "conv2d conv_transpose2d linear addmm mm bmm matmul relu leaky_relu tanh".split()
+FP32_OPS = "batch_norm binary_cross_entropy_with_logits sigmoid softplus mean sum div exp log pow rsqrt".split()
+NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}  # the plugin lowers their input alone
+KEPT = []  # what has to live as long as the lists are in force
+GAUDI_LISTS = {"bf16_ops": "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST", "fp32_ops": "PT_HPU_AUTOCAST_FP32_OPS_LIST"}
+
+
+def op_lists(args, gaudi=False):
+    """(ops in low precision, ops in fp32), or None where torch's own autocast decides: no list asked for, and no Gaudi.
+
+    Lists that a launch script put into the plugin's variables count as asked for.
+    """
+    typed = [getattr(args, key) or (os.environ.get(env) if gaudi else None) for key, env in GAUDI_LISTS.items()]
+    if args.precision == "fp32" and (args.bf16_ops or args.fp32_ops):
+        raise InputError("--bf16-ops and --fp32-ops need mixed precision: leave out --precision fp32, or the lists")
+    if args.precision == "fp32" or not (gaudi or any(typed)):
+        return None
+    low, high = op_list(typed[0], BF16_OPS, "--bf16-ops"), op_list(typed[1], FP32_OPS, "--fp32-ops")
+    if both := sorted(set(low) & set(high)):
+        raise InputError(f"{both[0]} is on both lists: take it off one, as with --fp32-ops=-{both[0]}")
+    return low, high
+
+
+def op_list(text, default, flag):
+    """Op names from what was typed: a file with one a line, 'relu,tanh', or '+relu,-tanh' to change the default."""
+    if text is None:
+        return sorted(default)
+    lines = Path(text).read_text(errors="replace").splitlines() if os.path.isfile(text) else [text]
+    names = [name for line in lines for name in line.split("#")[0].replace(",", " ").split()]
+    ops = set(default) if names and all(n[0] in "+-" for n in names) else set()
+    for name in names:
+        op = name.lstrip("+-")
+        if not op.isidentifier() or not isinstance(getattr(torch.ops.aten, op, None), torch._ops.OpOverloadPacket):
+            raise InputError(f"{flag} {text}: there is no such file, and torch has no op named '{op}'")
+        if name.startswith("-") and op not in ops:
+            raise InputError(f"{flag} {text}: {op} is not on the list")
+        ops.discard(op) if name.startswith("-") else ops.add(op)
+    if not ops:
+        raise InputError(f"{flag} {text}: no op in it")
+    return sorted(ops)
+
+
+def give_to_plugin(lists):
+    """Files with the lists, an op a line, where Gaudi's plugin looks for them as it loads."""
+    KEPT.append(folder := tempfile.TemporaryDirectory(prefix="op-lists-"))
+    for ops, env in zip(lists, GAUDI_LISTS.values()):
+        path = Path(folder.name, env)
+        path.write_text("\n".join(ops) + "\n")
+        os.environ[env] = str(path)
+
+
+def patch_autocast(lists, device_type, dtype):
+    """A listed op's autocast kernel becomes: cast its floating-point arguments, then call it with autocast off.
+
+    So on cuda and cpu a listed op costs one level of Python, and the others nothing; torch.compile traces through it.
+    """
+    KEPT.append(library := torch.library.Library("aten", "IMPL", f"Autocast{device_type.upper()}"))
+    for ops, target in zip(lists, (dtype, torch.float32)):
+        for name in ops:
+            packet = getattr(torch.ops.aten, name)
+            for overload in (getattr(packet, o) for o in packet.overloads()):
+                def kernel(*xs, op=overload, first=name in NORMS, target=target, **kw):
+                    def cast(x):
+                        return x.to(target) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                    with torch.autocast(device_type, enabled=False):
+                        return op(cast(xs[0]), *xs[1:], **kw) if first else op(*map(cast, xs), **kw)
+                with warnings.catch_warnings():  # that it replaces torch's own rule for the op is the point
+                    warnings.simplefilter("ignore")
+                    library.impl(overload, kernel)
+
+
 # ---- speed ----------------------------------------------------------------------------------------------------------
 
-def make_fast(model, args, device, rank, gflop):
-    """train_step(frames, number) → statistics: model.step, compiled where that pays, and on CUDA as one graph.
+def make_fast(model, args, rank, images_to_go):
+    """train_step(frames, step) → statistics: model.step, compiled where that pays, and on CUDA as one graph.
 
-    Compiling takes a minute and saves a tenth: it pays from ten minutes on, here of `gflop` to come at 100 TFLOP/s.
+    Compiling takes a minute and saves a tenth: it pays from ten minutes on, some five million images of large networks.
     What a step draws on the device is seeded by its number, so that a resumed run needs no other state.
     """
-    lazy = device.type == "hpu" and os.environ.get("PT_HPU_LAZY_MODE") == "1"
-    able = not lazy and (device.type == "hpu" or any(map(shutil.which, ("cc", "gcc", "clang", "cl"))))
-    if device.type == "cuda":
-        able = able and find_spec("triton") and torch.cuda.get_device_capability() >= (7, 0)
-    pays = device.type != "cpu" and not lazy and gflop > 6e7  # on a CPU it gains 3%
-    wanted = pays if args.compile is None else args.compile
-    if wanted and not able:
+    device = model.device
+    wanted = device.compiling_pays and images_to_go > 5e6 if args.compile is None else args.compile
+    if wanted and not device.compiler:
         needs = "--compile needs a C compiler, on cuda Triton and compute capability 7.0, on hpu PT_HPU_LAZY_MODE=0"
         if args.compile:
             raise InputError(needs)
@@ -446,14 +483,13 @@ def make_fast(model, args, device, rank, gflop):
             print(f"not compiled: {needs}", flush=True)
     elif wanted:
         for net in (model.G, model.D):
-            net.compile(backend="hpu_backend" if device.type == "hpu" else "inductor")
-    step = graphed(model.step) if model.graph else model.step
-    seed_device = {"cpu": torch.default_generator.manual_seed, "cuda": torch.cuda.manual_seed,
-                   "hpu": lambda seed: getattr(torch.hpu, "random", torch.hpu).manual_seed_all(seed)}[device.type]
+            net.compile(backend=device.compiler)
+    captured = args.graph and device.precision != "fp16"  # whose scaler looks at gradients
+    update = device.graph(model.step) if captured else model.step
 
-    def train_step(frames, number):
-        seed_device(int(np.random.SeedSequence((args.seed, rank, number)).generate_state(1)[0]))
-        return step(frames)
+    def train_step(frames, step):
+        device.seed(int(np.random.SeedSequence((args.seed, rank, step)).generate_state(1)[0]))
+        return update(frames)
 
     return train_step
 
@@ -461,7 +497,6 @@ def make_fast(model, args, device, rank, gflop):
 def graphed(step):
     """The step as one CUDA graph, cropping and noise included: a replay costs the host a launch instead of hundreds."""
     stream, graph, frames, stats, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), None, None, 0
-    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # of the first steps
 
     def replay(batch):
         nonlocal frames, stats, calls
@@ -483,39 +518,26 @@ def graphed(step):
     return replay
 
 
-def gflop_per_image(args):
-    """Arithmetic of training on one image: 3 forwards of G (its backward counts two) and 8 of D, which reads real, fake
-    and fake again, each with a backward that costs two, less one for the weights that are frozen the last time."""
-    with torch.device("meta"), FlopCounterMode(display=False) as of_G:
-        image = Generator(args.image_size, args.nz, args.ngf, 3, args.kernel_size)(torch.empty(1, args.nz))
-    with torch.device("meta"), FlopCounterMode(display=False) as of_D:
-        Discriminator(args.image_size, args.ndf, 3, args.kernel_size)(image)
-    return (3 * of_G.get_total_flops() + 8 * of_D.get_total_flops()) / 1e9
-
-
-def benchmark(train_step, stream, args, device, device_name, precision, world, share):
-    """A row in the write-up's form, as Markdown with its header: args.benchmark seconds or more, with one wait for the
-    device at each end, after ten steps for compiling and capturing."""
-    synchronize = getattr(torch, device.type).synchronize
-    for step in range(10):
-        train_step(next(stream)[0], step)
-    synchronize()
-    began, waited = time.perf_counter(), 0.0
-    while world > 1 and step % 10 or not share(int(time.perf_counter() - began > args.benchmark)):  # all ranks alike
-        frames, seconds = next(stream)
-        train_step(frames, step := step + 1)
-        waited += seconds
-    synchronize()
-    took = time.perf_counter() - began
-    images_s = (step - 9) * args.batch_size * world / took
-    row = {"preset": args.preset, "device": f"{world} × {device_name}", "batch": f"{world} × {args.batch_size}",
-           "precision": precision, "images/hour": f"{images_s * 3600:,.0f}",
-           "images per $": f"{images_s * 3600 / args.price:,.0f}" if args.price else "–",
-           "waiting for data": f"{waited / took:.1%}", "TFLOP/s": f"{images_s * gflop_per_image(args) / 1e3:.3g}"}
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (row, ["---"] * len(row), row.values()))
-
-
 # ---- the run's folder -----------------------------------------------------------------------------------------------
+
+def claim(args):
+    """Make the run's folder, or refuse an earlier run's, or one in training: ours while the returned file is open."""
+    out = Path(args.out)
+    ours = {".lock", "samples", "args.json.tmp"}  # what a run leaves that is killed at once
+    there = out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - ours)
+    if there and not args.resume:
+        raise InputError(f"{out} is there already: --resume goes on with it, --out names another folder")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")
+    try:
+        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out} is being trained by another process: name another --out, or wait") from None
+    newest, previous = checkpoints(out)
+    if args.resume and newest.exists() and previous.exists() and load_first([newest, previous])[0] == previous:
+        os.replace(newest, out / "damaged.pt")  # else the next save would put it in the sound one's place
+    return lock
+
 
 class Saver:
     """Writes files of tensors behind the training: a slow disk stalls nothing, and a kill leaves no damaged file."""
@@ -523,16 +545,13 @@ class Saver:
     def __init__(self, out):
         self.out, self.pool, self.jobs, self.failed = Path(out), ThreadPoolExecutor(1), [], None
 
-    def busy(self):
-        return not all(job.done() for job in self.jobs)
-
     def save(self, files):
         """{name: content}: snapshot now, write behind. What the disk refuses is a warning, and stays in `failed`."""
         snapshot = {}
         for name, content in files.items():
             torch.save(content, buffer := io.BytesIO(), pickle_protocol=2)  # Gaudi's default, 4, opens nowhere else
             snapshot[name] = buffer.getbuffer()
-        self.jobs = [job for job in self.jobs if not job.done()] + [self.pool.submit(self.write, snapshot)]
+        self.jobs.append(self.pool.submit(self.write, snapshot))
 
     def write(self, snapshot):
         newest, previous = checkpoints(self.out)
@@ -546,51 +565,46 @@ class Saver:
             print(f"warning: {self.failed}; training goes on", file=sys.stderr)
 
     def join(self):
-        for job in self.jobs:
-            job.result()
+        while self.jobs:
+            self.jobs.pop().result()
 
 
-class Run:
-    """What rank 0 keeps and shows: checkpoints, grids, scores, TensorBoard's events. A full disk costs it warnings."""
+class Keeper:
+    """What rank 0 shows and keeps of a run: log lines, TensorBoard's events, checkpoints, grids, scores.
 
-    def __init__(self, args, pack):
-        """Make the folder, or refuse it: an earlier run's, or one in training. It is ours as long as we live."""
-        self.args, self.pack, self.out = args, pack, Path(args.out)
-        ours = {".lock", "samples", "args.json.tmp"}  # what a run leaves that is killed at once
-        there = self.out.exists() and (not self.out.is_dir() or {p.name for p in self.out.iterdir()} - ours)
-        if there and not args.resume:
-            raise InputError(f"{self.out} is there already: --resume goes on with it, --out names another folder")
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.out / ".lock", "w")
-        try:
-            fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.out} is being trained by another process: name another --out, or wait") from None
-        newest, previous = checkpoints(self.out)
-        if args.resume and newest.exists() and previous.exists() and load_first([newest, previous])[0] == previous:
-            os.replace(newest, self.out / "damaged.pt")  # else the next save would put it in the sound one's place
+    A full disk costs it warnings; training goes on.
+    """
 
-    def start(self, model, step, images, **in_force):
-        self.model, self.saver = model, Saver(self.out)
+    def __init__(self, args, pack, model, step, images, total, ends):
+        """Of a run at `step` and `images` of `total`, that is over when time.monotonic() is `ends`."""
+        self.args, self.pack, self.model, self.total, self.ends = args, pack, model, total, ends
+        self.out, self.saver, device = Path(args.out), Saver(args.out), model.device
+        print(f"{args.preset} in {device.precision} on {model.world} × {device.name}: {len(pack.train):,} frames of "
+              f"{pack.folder}, run {args.out} from image {images:,} of {total:,}", flush=True)
+        for which, ops in zip(("low precision", "fp32"), device.lists or ()):
+            print(f"ops in {which}: {' '.join(ops)}")
+        low, high = device.lists or (None, None)
+        in_force = dict(device=device.name, world=model.world, precision=device.precision, bf16_ops=low, fp32_ops=high)
+        arguments = {**vars(args), "launch": launch(), "in_force": in_force}
+        write_file(self.out / "args.json", (json.dumps(arguments, indent=1) + "\n").encode())
+
         self.writer, self.resting_until = None, 0.0
         self.purge_step = images + 1  # on --resume, TensorBoard's events past the checkpoint are void
-        threading.excepthook = lambda args: (  # a full disk ends the writer's thread, and our next call to it says so
-            issubclass(args.exc_type, OSError) or threading.__excepthook__(args))
-        arguments = {**vars(self.args), "launch": launch(), "in_force": in_force}
-        write_file(self.out / "args.json", (json.dumps(arguments, indent=1) + "\n").encode())
+        threading.excepthook = lambda thread: (  # a full disk ends the writer's thread, and our next call to it says so
+            issubclass(thread.exc_type, OSError) or threading.__excepthook__(thread))
         plain = {name: value for name, value in arguments.items() if isinstance(value, (int, float, str))}
         self.show(lambda writer: writer.add_hparams(plain, {}, run_name="."))
+        real = cut_windows(torch.from_numpy(pack.train[:64].copy()), args.image_size, args.mirror)
+        self.show(lambda writer: writer.add_image("real", make_grid(real, normalize=True, value_range=(-1, 1)), images))
+
         table = self.out / "scores.csv"
         self.scores = table.read_text().splitlines() if table.exists() else ["images,score,floor"]
-        self.best = min((float(row.split(",")[1]) for row in self.scores[1:]), default=math.inf)
         try:
-            self.score = Score(self.pack)
+            self.score = Score(pack)
         except InputError as why:
             self.score = None
             print(f"no score: {why}", flush=True)
-        real = cut_windows(torch.from_numpy(self.pack.train[:64].copy()), self.args.image_size, self.args.mirror)
-        self.show(lambda writer: writer.add_image("real", make_grid(real, normalize=True, value_range=(-1, 1)), images))
-        self.due = time.monotonic() + 60 * self.args.save_minutes
+        self.due = time.monotonic() + 60 * args.save_minutes
         if not images:
             print(f"untrained{self.keep(step, images, wait=True)}", flush=True)
             if self.saver.failed:  # better now than after a day
@@ -609,28 +623,39 @@ class Run:
             print(f"warning: nothing shown at {self.out}: {error}; training goes on", file=sys.stderr)
             self.writer, self.resting_until = None, time.monotonic() + 60
 
-    def log(self, values, images):
-        self.show(lambda writer: [writer.add_scalar(name, value, images) for name, value in values.items()])
+    def log(self, step, images, values, rate, waiting, last):
+        """The log line that everybody knows from DCGAN, its numbers for TensorBoard, and keep() where that is due."""
+        args, left = self.args, max(0, self.total - images)
+        seconds = max(0, min(left / rate, self.ends - time.monotonic()))
+        epoch = min(args.epochs, -(-images // len(self.pack.train)))
+        steps = step - (-left // (args.batch_size * self.model.world))
+        line = ("[{}/{}][{}/{}] Loss_D {:.4f} Loss_G {:.4f} D(x) {:.4f} D(G(z)) {:.4f} / {:.4f}  "
+                "{:,.0f} images/s, {} left").format(epoch, args.epochs, step, steps, *values, rate,
+                                                    timedelta(seconds=round(seconds)))
+        shown = {**dict(zip(STATS, values)), "images/s": rate, "share of time waiting for data": waiting}
+        if self.model.device.type != "cpu":
+            shown["device memory (GB)"] = getattr(torch, self.model.device.type).max_memory_allocated() / 1e9
+        self.show(lambda writer: [writer.add_scalar(name, value, images) for name, value in shown.items()])
+        kept = self.keep(step, images, wait=last) if last or time.monotonic() > self.due else ""
+        print(line + kept, flush=True)
 
     def keep(self, step, images, wait=False):
         """Save a checkpoint, then draw seeds 0-63 and score them; returns the score in words, for the log line.
 
         Due again not before 40 times as long as it took: under 3% of the time, also where drawing is slow, as on a CPU.
         """
+        check_numbers(step, model=self.model)
         began, args, G = time.monotonic(), self.args, self.model.settle()
         generator = {"format": FORMAT, "images": images, "latent": args.latent, "G": cpu_state(G)}
-        if wait or not self.saver.busy():
-            checkpoint = {**generator, **self.model.state(), "step": step}  # its G is the one in training
-            self.saver.save({f"generator-{images:09d}.pt": generator, "checkpoint.pt": checkpoint})
-        else:
-            print("warning: the disk is still writing the last checkpoint; this one is left out", file=sys.stderr)
-        grid, words = make_grid(render(G, latents(range(64), args.nz, args.latent))), ""
+        self.saver.join()
+        checkpoint = {**generator, **self.model.state(), "step": step}  # its G is the one in training
+        self.saver.save({f"generator-{images:09d}.pt": generator, "checkpoint.pt": checkpoint})
+        grid = make_grid(render(G, latents(range(64), args.nz, args.latent)))
+        score = self.score and self.score(G, args.latent)
         if self.score:
-            score, floor = self.score(G, args.latent), self.score.floor
-            words = f", score {score:.1f} (real images {floor:.1f})"
-            self.scores.append(f"{images},{score:.2f},{floor:.2f}")
-            if score < self.best:
-                self.best = score
+            best = min((float(row.split(",")[1]) for row in self.scores[1:]), default=math.inf)
+            self.scores.append(f"{images},{score:.2f},{self.score.floor:.2f}")
+            if score < best:
                 self.saver.save({"generator-best.pt": generator})
 
         def add(writer):
@@ -638,7 +663,7 @@ class Run:
             Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.out / "samples" / f"{images:09d}.png")
             if self.score:
                 writer.add_scalar("score/generated", score, images)
-                writer.add_scalar("score/real images", floor, images)
+                writer.add_scalar("score/real images", self.score.floor, images)
                 write_file(self.out / "scores.csv", "\n".join([*self.scores, ""]).encode())
 
         self.show(add)
@@ -646,38 +671,54 @@ class Run:
             self.saver.join()
         now = time.monotonic()
         self.due = now + (args.save_minutes and max(60 * args.save_minutes, 40 * (now - began)))
-        return words
+        return f", score {score:.1f} (real images {self.score.floor:.1f})" if self.score else ""
+
+    def end(self, images):
+        self.show(lambda writer: writer.close())
+        if self.saver.failed:
+            sys.exit(f"error: {self.saver.failed}")
+        print(f"{self.out} is at image {images:,} of {self.total:,}; see it with: "
+              f"python sample.py --checkpoint {self.out}", flush=True)
+
+
+def check_numbers(step, losses=(), model=None):
+    """Exit where a loss of the steps up to this one, or a weight of the model about to be saved, is not finite."""
+    bad = [f"step {at}: Loss_D is {loss_D}, Loss_G {loss_G}"
+           for at, (loss_D, loss_G, *_) in enumerate(losses, step - len(losses) + 1)
+           if not math.isfinite(loss_D + loss_G)]
+    if model and not all(t.isfinite().all() for net in (model.G, model.D) for t in net.state_dict().values()):
+        bad.append(f"step {step}: a weight is infinite or no number")  # the loss would be, one step later
+    if bad:
+        sys.exit(f"error: {bad[0]}. The last checkpoint is from before; --resume from it with a lower --lr or "
+                 "--precision fp32")
 
 
 # ---- processes and the loop -----------------------------------------------------------------------------------------
 
 def join_processes(device, world):
-    """(barrier, share) of torchrun's processes, one a device, through their hosts; share(n) is the largest n of all."""
+    """agree(n) → the largest n of torchrun's processes, one a device. It waits for all of them, through their hosts."""
     if world == 1:
-        return lambda: None, lambda n: n
-    if device.type == "hpu":
-        import habana_frameworks.torch.distributed.hccl  # noqa: F401  makes the backend known
+        return lambda n=0: n
     # torchrun's store outlives a restart, and what the dead wrote into it would mislead the living. (Of several
     # machines the counts may differ.)
     store, rank, _ = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = {"cuda": "nccl", "hpu": "hccl", "cpu": "gloo"}[device.type]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(device.backend, store=store, rank=rank, world_size=world)
     hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # preparing a pack takes its time
 
-    def share(n):
+    def agree(n=0):
         dist.all_reduce(n := torch.tensor(n), dist.ReduceOp.MAX, group=hosts)
         return int(n)
 
-    return lambda: dist.barrier(hosts), share
+    return agree
 
 
-def find_data(args, rank, local, world, barrier):
+def find_data(args, rank, local, world, agree):
     """The pack to train on, prepared if need be: by rank 0, and by a rank of each machine that has another disk."""
     for turn in (rank == 0, local == 0, True):
         path = prepare_data.find_pack(args.data, args.image_size) if turn else None
-        barrier()
+        agree()
     pack = prepare_data.open_pack(path)
     if pack.image_size != args.image_size:
         raise InputError(f"{path} is for images of {pack.image_size} pixels, not of {args.image_size}: "
@@ -688,7 +729,7 @@ def find_data(args, rank, local, world, barrier):
     return pack
 
 
-def resume(model, args):
+def load_checkpoint(model, args):
     """Load the newest checkpoint of args.out; returns its step and images, 0 where there is none yet."""
     if not any(path.exists() for path in checkpoints(args.out)):
         return 0, 0
@@ -700,99 +741,49 @@ def resume(model, args):
         raise InputError(f"{path} does not fit this network: {str(error).splitlines()[-1].strip()}") from None
 
 
-def check_numbers(values, step, model=None):
-    """Exit where a loss of the steps up to this one, or a weight of the model about to be saved, is not finite."""
-    bad = [f"step {at}: Loss_D is {loss_D}, Loss_G {loss_G}"
-           for at, (loss_D, loss_G, *_) in enumerate(values, step - len(values) + 1)
-           if not math.isfinite(loss_D + loss_G)]
-    if model and not all(t.isfinite().all() for net in (model.G, model.D) for t in net.state_dict().values()):
-        bad.append(f"step {step}: a weight is infinite or no number")  # the loss would be, one step later
-    if bad:
-        sys.exit(f"error: {bad[0]}. The last checkpoint is from before; --resume from it with a lower --lr or "
-                 "--precision fp32")
-
-
 def main(argv=None):
-    began = time.monotonic()
     args = parse_args(argv)
+    ends = time.monotonic() + 60 * (args.minutes or math.inf)
     rank, local, world = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # from torchrun
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    device, precision, lists = set_up_device(args, local)
-    barrier, share = join_processes(device, world)
-    pack = find_data(args, rank, local, world, barrier)
-    keeper = Run(args, pack) if rank == 0 and not args.benchmark else None
-    barrier()
+    device = set_up_device(args, local)
+    agree = join_processes(device, world)
+    pack = find_data(args, rank, local, world, agree)
+    lock = claim(args) if rank == 0 else None  # noqa: F841  the folder is ours as long as this lives
+    agree()
 
-    model = DCGAN(args, device, DTYPES[precision], world)
-    step, images = resume(model, args) if args.resume else (0, 0)  # done so far; images of all ranks
-    if share(images) != images:
+    model = DCGAN(args, device, world)
+    step, images = load_checkpoint(model, args) if args.resume else (0, 0)  # done so far; images of all ranks
+    if agree(images) != images:
         raise InputError(f"--resume: every rank reads {args.out}, and it is not the same on all machines")
-    batch = args.batch_size * world
-    total = -(-args.epochs * len(pack.train) // batch) * batch  # whole steps
-    ahead = math.inf if args.benchmark else (total - images) / world
-    train_step = make_fast(model, args, device, rank, ahead * gflop_per_image(args))
+    images_a_step = args.batch_size * world
+    total = -(-args.epochs * len(pack.train) // images_a_step) * images_a_step
+    train_step = make_fast(model, args, rank, total - images)
     stream = batches(pack, args, device, rank, world, images)
-    card = getattr(torch, device.type)  # torch.cuda, torch.hpu, torch.cpu
-    device_name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else card.get_device_name()
-    say(f"{args.preset} in {precision} on {world} × {device_name}: {len(pack.train):,} frames of {pack.folder}"
-        + ("" if args.benchmark else f", run {args.out} from image {images:,} of {total:,}"))
-    for which, ops in zip(("low precision", "fp32"), lists or ()):
-        say(f"ops in {which}: {' '.join(ops)}")
-    if args.benchmark:
-        say(benchmark(train_step, stream, args, device, device_name, precision, world, share))
-        total = images  # and no training
-    if keeper:
-        keeper.start(model, step, images, device=device_name, world=world, precision=precision,
-                     bf16_ops=lists and lists[0], fp32_ops=lists and lists[1])
+    keeper = Keeper(args, pack, model, step, images, total, ends) if rank == 0 else None
 
-    leave, notice = 0, []  # a spot machine's SIGTERM, or Ctrl-C: finish the step, save, go
+    notice = []  # a spot machine's SIGTERM, or Ctrl-C: finish the step, save, go
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda signum, frame: notice.append(signum))
-    profiler = nullcontext()
-    if args.profile and keeper:  # past the compiling and the capture
-        profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=10, warmup=2, active=5, repeat=1),
-                                          on_trace_ready=torch.profiler.tensorboard_trace_handler(args.out))
-    history, since, waited = [], time.perf_counter(), 0.0
-    with profiler:
-        while images < total and not leave:
-            frames, seconds = next(stream)
-            history.append(train_step(frames, step))
-            step, images, waited = step + 1, images + batch, waited + seconds
-            if args.profile and keeper:
-                profiler.step()
-            if world == 1 or step % 10 == 0:  # a notice to one rank is a notice to all, and so is the time's end
-                late = args.minutes and time.monotonic() - began > 60 * args.minutes
-                leave = share(max(notice, default=int(bool(late))))
-            last = images >= total or leave
-            if step % args.log_every and not last:
-                continue
-
+    history, since, waited, leave = [], time.perf_counter(), 0.0, 0
+    while images < total and not leave:
+        frames, seconds = next(stream)
+        history.append(train_step(frames, step))
+        step, images, waited = step + 1, images + images_a_step, waited + seconds
+        if world == 1 or step % 10 == 0:  # a notice to one rank is a notice to all, and so is the time's end
+            leave = agree(max(notice, default=int(time.monotonic() > ends)))
+        last = images >= total or leave
+        if step % args.log_every == 0 or last:
             values = torch.stack(history).tolist()  # the one copy back from the device; it waits for the steps so far
+            check_numbers(step, values)
             took = time.perf_counter() - since
-            keeping = keeper and (last or time.monotonic() > keeper.due)
-            check_numbers(values, step, model if keeping else None)
-            rate, left = len(history) * batch / took, max(0, total - images)
-            seconds = max(0, min(left / rate, 60 * (args.minutes or math.inf) - (time.monotonic() - began)))
-            epoch, steps = min(args.epochs, -(-images // len(pack.train))), step - (-left // batch)
-            line = ("[{}/{}][{}/{}] Loss_D {:.4f} Loss_G {:.4f} D(x) {:.4f} D(G(z)) {:.4f} / {:.4f}  "
-                    "{:,.0f} images/s, {} left").format(epoch, args.epochs, step, steps, *values[-1], rate,
-                                                        timedelta(seconds=round(seconds)))
             if keeper:
-                shown = {**dict(zip(STATS, values[-1])), "images/s": rate,
-                         "share of time waiting for data": waited / took}
-                if device.type != "cpu":
-                    shown["device memory (GB)"] = card.max_memory_allocated() / 1e9
-                keeper.log(shown, images)
-            say(line + (keeper.keep(step, images, wait=last) if keeping else ""))
+                keeper.log(step, images, values[-1], len(history) * images_a_step / took, waited / took, last)
             history, since, waited = [], time.perf_counter(), 0.0
 
     if keeper:
-        keeper.show(lambda writer: writer.close())
-        if keeper.saver.failed:
-            sys.exit(f"error: {keeper.saver.failed}")
-        say(f"{args.out} is at image {images:,} of {total:,}; see it with: python sample.py --checkpoint {args.out}")
-    barrier()  # until rank 0 has saved
+        keeper.end(images)
+    agree()  # until rank 0 has saved
     del train_step  # NCCL's end waits for the graph that holds its messages
     if world > 1:
         dist.destroy_process_group()

@@ -3,6 +3,8 @@
     python tests/bench.py                            # some minutes; on a machine with nothing else to do
     python tests/bench.py --quick                    # a look, in about a minute: a quarter of the work
     python tests/bench.py --pictures 15 --data MSLS  # scores after 15 minutes of each loop on the same frames
+    python tests/bench.py --step 10 --price 13.11 --preset clamp-64 --device hpu    # a row of the speed table
+    torchrun --nproc-per-node 8 tests/bench.py --step 10 --data packs/msls          # the same of several devices
 
 Left stands what people do without this project: pytorch/examples' loop, ImageFolder with the write-up's transforms, the
 disk's own rate, PNG encoding alone. Everything is drawn or made up in a temporary folder.
@@ -12,12 +14,14 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare_data
 import train
+import model
 from model import Discriminator, Generator, Score, init_weights, load_generator
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
@@ -155,9 +161,58 @@ def compare_pictures(source, minutes, folder, device):
           f"| {ours / theirs:.2f}× | 0.6× |")
 
 
+def gflop_per_image(args):
+    """Arithmetic of training on one image: 3 forwards of G (its backward counts two) and 8 of D, which reads real, fake
+    and fake again, each with a backward that costs two, less one for the weights that are frozen the last time."""
+    with torch.device("meta"), FlopCounterMode(display=False) as of_G:
+        image = Generator(args.image_size, args.nz, args.ngf, 3, args.kernel_size)(torch.empty(1, args.nz))
+    with torch.device("meta"), FlopCounterMode(display=False) as of_D:
+        Discriminator(args.image_size, args.ndf, 3, args.kernel_size)(image)
+    return (3 * of_G.get_total_flops() + 8 * of_D.get_total_flops()) / 1e9
+
+
+def measure_step(seconds, price, trace, words):
+    """Train with train.py's options `words` for so long, and keep nothing: a row in the write-up's form, with its header.
+
+    One wait for the device at each end, after ten steps for compiling and capturing. A profiler's trace, loader
+    included, goes to the folder `trace`, if one is named.
+    """
+    args = train.parse_args(["--preset", "naive-64", *words])
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = train.set_up_device(args, local)
+    agree = train.join_processes(device, world)
+    pack = train.find_data(args, rank, local, world, agree)
+    train_step = train.make_fast(train.DCGAN(args, device, world), args, rank, math.inf)
+    stream, synchronize = train.batches(pack, args, device, rank, world, 0), getattr(torch, device.type).synchronize
+    for step in range(10):
+        train_step(next(stream)[0], step)
+    synchronize()
+    with torch.profiler.profile() if trace and rank == 0 else nullcontext() as profiler:
+        began, waited = time.perf_counter(), 0.0
+        while world > 1 and step % 10 or not agree(int(time.perf_counter() - began > seconds)):  # all ranks alike
+            frames, waiting = next(stream)
+            train_step(frames, step := step + 1)
+            waited += waiting
+        synchronize()
+        took = time.perf_counter() - began
+    if profiler:
+        torch.profiler.tensorboard_trace_handler(trace)(profiler)
+    images_s = (step - 9) * args.batch_size * world / took
+    row = {"preset": args.preset, "device": f"{world} × {device.name}", "batch": f"{world} × {args.batch_size}",
+           "precision": device.precision, "images/hour": f"{images_s * 3600:,.0f}",
+           "images per $": f"{images_s * 3600 / price:,.0f}" if price else "–",
+           "waiting for data": f"{waited / took:.1%}", "TFLOP/s": f"{images_s * gflop_per_image(args) / 1e3:.3g}"}
+    if rank == 0:
+        print("\n".join("| " + " | ".join(cells) + " |" for cells in (row, ["---"] * len(row), row.values())))
+    del train_step  # NCCL's end waits for the graph that holds its messages
+    if world > 1:
+        train.dist.destroy_process_group()
+
+
 def trained(pack, seconds, *words):
-    """{column: value} of the row that train.py --benchmark prints."""
-    *_, header, _, values = script("train.py", "--benchmark", seconds, "--data", pack, *words).splitlines()
+    """{column: value} of the row that --step prints."""
+    *_, header, _, values = script("tests/bench.py", "--step", seconds, "--data", pack, *words).splitlines()
     return dict(zip(header.strip("| ").split(" | "), values.strip("| ").split(" | ")))
 
 
@@ -167,8 +222,8 @@ def images_s(table):
 
 def cutting_rate(pack, seconds, *words):
     """Images/s of what feeds the step: frames from the pack, windows cut."""
-    args = train.parse_args(["--data", "", "--batch-size", "128", *words])
-    stream, images = train.batches(prepare_data.open_pack(pack), args, torch.device("cpu"), 0, 1, 0), -256
+    args = train.parse_args(["--data", "", "--device", "cpu", "--batch-size", "128", *words])
+    stream, images = train.batches(prepare_data.open_pack(pack), args, train.set_up_device(args, 0), 0, 1, 0), -256
     for frames, _ in stream:
         if images == 0:
             began = time.perf_counter()
@@ -233,7 +288,14 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a quarter of the work")
     parser.add_argument("--pictures", type=float, metavar="MINUTES", help="compare pictures instead, after so many minutes each")
     parser.add_argument("--data", type=Path, help="real frames for --pictures: an MSLS tree")
-    args = parser.parse_args()
+    parser.add_argument("--step", type=float, metavar="SECONDS", help="measure train.py's step alone; takes its options")
+    parser.add_argument("--price", type=float, help="dollars an hour, for --step")
+    parser.add_argument("--trace", metavar="DIR", help="of --step, a torch.profiler trace for TensorBoard")
+    args, words = parser.parse_known_args()
+    if args.step:
+        return measure_step(args.step, args.price, args.trace, [*words, *(["--data", str(args.data)] if args.data else [])])
+    if words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
     share = 1 if args.quick else 4
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
@@ -287,4 +349,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    model.run(main)

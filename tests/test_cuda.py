@@ -92,22 +92,31 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "manual_seed", torch.default_generator.manual_seed)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(train, "find_spec", lambda name: name)
     monkeypatch.setattr(shutil, "which", lambda name: name)
 
 
 def arguments(*words):
-    return train.parse_args([*TINY, "--data", "", *words])
+    return train.parse_args([*TINY, "--data", "", "--device", "cpu", *words])
+
+
+def networks(args, gpu=True):
+    """A DCGAN on the CPU that is made fast as on a GPU."""
+    device = train.set_up_device(args, 0)
+    if gpu:
+        cuda = train.on_cuda(0)
+        device.graph, device.compiler, device.compiling_pays, device.seed = cuda.graph, cuda.compiler, cuda.compiling_pays, cuda.seed
+    return train.DCGAN(args, device)
 
 
 @pytest.mark.parametrize("words", [[], ["--precision", "bf16", "--instance-noise", "0.05", "--latent", "uniform", "--mirror"]])
 def test_replayed_steps_are_those_of_the_plain_loop(words, gpu):
     args = arguments(*words)
-    models = [train.DCGAN(args, CPU, train.DTYPES[args.precision]) for _ in range(2)]
-    plain = train.make_fast(models[0], args, CPU, 0, 0)
-    models[1].graph = True
-    replayed = train.make_fast(models[1], args, CUDA, 0, 0)
+    models = networks(args, gpu=False), networks(args)
+    plain, replayed = (train.make_fast(each, args, 0, 0) for each in models)
     frames = [torch.randint(0, 256, (16, 40, 54, 3), dtype=torch.uint8) for _ in range(12)]
     untouched = torch.stack(frames)
     expected, got = ([step(batch, number) for number, batch in enumerate(frames, 40)] for step in (plain, replayed))
@@ -132,9 +141,8 @@ def test_other_threads_may_use_the_gpu_during_the_capture(gpu, monkeypatch):
 
 def test_the_graph_is_gone_with_the_step(gpu):
     """At once, and not when the collector comes by: NCCL's end would wait for it."""
-    dcgan = train.DCGAN(arguments(), CPU, torch.float32)
-    dcgan.graph = True
-    step = train.make_fast(dcgan, arguments(), CUDA, 0, 0)
+    dcgan = networks(arguments())
+    step = train.make_fast(dcgan, arguments(), 0, 0)
     for number in range(6):
         step(torch.zeros(16, 40, 54, 3, dtype=torch.uint8), number)
     graph, Capture.LATEST = weakref.ref(Capture.LATEST.graph), None
@@ -155,15 +163,21 @@ def test_what_waits_for_the_gpu_in_a_step_can_not_be_captured(gpu):
             step(torch.ones(2, 4, 4, 3, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("words, dtype, graph", [([], torch.bfloat16, True), ([], torch.float32, True), (["--no-graph"], torch.bfloat16, False),
-                                                 ([], torch.float16, False)])
-def test_optimizers_are_made_for_a_graph_where_there_is_one(words, dtype, graph, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "to", lambda net, *_, **__: net)
+@pytest.mark.parametrize("words, captured", [([], True), (["--precision", "bf16"], True), (["--no-graph"], False), (["--precision", "fp16"], False)])
+def test_steps_are_captured_but_those_of_fp16_and_where_it_is_not_wanted(words, captured, gpu, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: None)
-    on_cuda = train.DCGAN(arguments(*words), CUDA, dtype)
-    assert on_cuda.graph == graph
-    assert {group["capturable"] for optimizer in (on_cuda.opt_G, on_cuda.opt_D) for group in optimizer.param_groups} == {graph}
-    assert not train.DCGAN(arguments(*words), CPU, dtype).graph, "there are none on a CPU"
+    args, asked = arguments(*words), []
+    dcgan = networks(args)
+    dcgan.device.graph = asked.append
+    train.make_fast(dcgan, args, 0, 0)
+    assert asked == [dcgan.step] * captured
+    monkeypatch.undo()
+    assert networks(args, gpu=False).device.graph(dcgan.step) == dcgan.step, "there are none on a CPU"
+
+
+def test_a_gpus_optimizer_is_one_kernel_that_a_graph_may_hold(gpu):
+    weight = torch.nn.Parameter(torch.empty(2, device="meta"))
+    assert {key: train.on_cuda(0).AdamW([weight]).defaults[key] for key in ("fused", "capturable")} == {"fused": True, "capturable": True}
 
 
 @pytest.mark.parametrize("capturable", [True, False])
@@ -200,24 +214,24 @@ def with_an_old_gpu(monkeypatch):
 @pytest.mark.parametrize("lack", [without_compiler, without_triton, with_an_old_gpu])
 def test_compile_is_left_out_in_a_line_where_it_can_not_be_and_refused_if_asked_for(lack, gpu, compiled, monkeypatch, capsys):
     lack(monkeypatch)
-    dcgan = train.DCGAN(arguments(), CPU, torch.float32)
-    train.make_fast(dcgan, arguments(), CUDA, 0, 1e9)
+    dcgan = networks(arguments())
+    train.make_fast(dcgan, arguments(), 0, 1e9)
     said = capsys.readouterr().out
     assert said.startswith("not compiled: ") and said.count("\n") == 1 and compiled == []
     with pytest.raises(model.InputError, match="--compile needs a C compiler, on cuda Triton and compute capability 7.0"):
-        train.make_fast(dcgan, arguments("--compile"), CUDA, 0, 1e9)
+        train.make_fast(dcgan, arguments("--compile"), 0, 1e9)
 
 
-@pytest.mark.parametrize("words, device, gflop, backends", [
-    ([], CUDA, 1e9, ["inductor"] * 2),
-    ([], CUDA, 1e5, []),
-    (["--compile"], CUDA, 1e5, ["inductor"] * 2),
-    (["--no-compile"], CUDA, 1e9, []),
-    ([], CPU, 1e9, []),
-    (["--compile"], CPU, 1e5, ["inductor"] * 2),
+@pytest.mark.parametrize("words, on_gpu, images, backends", [
+    ([], True, 1e9, ["inductor"] * 2),
+    ([], True, 1e5, []),
+    (["--compile"], True, 1e5, ["inductor"] * 2),
+    (["--no-compile"], True, 1e9, []),
+    ([], False, 1e9, []),
+    (["--compile"], False, 1e5, ["inductor"] * 2),
 ])
-def test_compile_comes_with_long_runs_or_when_asked_for(words, device, gflop, backends, gpu, compiled, capsys):
-    train.make_fast(train.DCGAN(arguments(), CPU, torch.float32), arguments(*words), device, 0, gflop)
+def test_compile_comes_with_long_runs_or_when_asked_for(words, on_gpu, images, backends, gpu, compiled, capsys):
+    train.make_fast(networks(arguments(*words), on_gpu), arguments(*words), 0, images)
     assert compiled == backends and capsys.readouterr().out == ""
 
 

@@ -127,10 +127,10 @@ def test_the_graph_is_cut_after_each_backward_and_each_optimizers_step(silent_ru
 def test_gaudis_optimizer_gets_the_presets_numbers_and_torchs_epsilon(card):
     done = subprocess.run([sys.executable, "-c", """
 import json, model, torch, train
-device = model.choose_device("hpu")
+device = train.set_up_device(train.parse_args(["--data", "", "--device", "hpu", "--precision", "fp32"]), 0)
 for preset in ("naive-64", "safe-128"):
     args = train.parse_args(["--data", "", "--preset", preset, "--ngf", "1", "--ndf", "1"])
-    optimizer = train.DCGAN(args, device, torch.float32).opt_D
+    optimizer = train.DCGAN(args, device).opt_D
     group = optimizer.param_groups[0]
     print(json.dumps([type(optimizer).__name__, *(group[key] for key in "lr betas eps weight_decay bias_correction".split())]))
 """], cwd=ROOT, env={**os.environ, **card}, capture_output=True, text=True)
@@ -241,15 +241,15 @@ torch.save((weights, torch.cat(frames), torch.stack(states)), {str(tmp_path)!r} 
 
 
 def test_a_benchmark_of_two_cards_ends_on_both_however_their_clocks_go(card, pack32, tmp_path):
-    driver = tmp_path / "driver.py"  # train.py with one rank that would go on for a second more
+    driver = tmp_path / "driver.py"  # tests/bench.py with one rank that would go on for a second more
     driver.write_text(f"""
 import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-train.main([*sys.argv[1:], "--benchmark", str(0.5 + int(os.environ["RANK"]))])
-assert not train.dist.is_initialized()
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import bench
+bench.measure_step(0.5 + int(os.environ["RANK"]), 13.11, None, sys.argv[1:])
+assert not bench.train.dist.is_initialized()
 """)
-    words = [*TINY, "--device", "hpu", "--data", pack32, "--price", 13.11]
+    words = [*TINY, "--device", "hpu", "--data", pack32]
     done = torchrun(driver, *words, env={**card, **LAZY, "HPU_SIM_CARDS": "2"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| 2 × GAUDI" in done.stdout.splitlines()[-1], "rank 0 says it, once"
@@ -327,7 +327,7 @@ def test_that_error_comes_before_any_work(tmp_path):
 
 def test_listed_ops_compute_as_listed_on_the_cpu_and_others_as_torch_has_it():
     code = ("import torch, train, torch.nn.functional as F; dtype = torch.bfloat16\n"
-            "train.apply_op_lists((['tanh', 'batch_norm'], ['conv2d']), 'cpu', dtype)\n"
+            "train.patch_autocast((['tanh', 'batch_norm'], ['conv2d']), 'cpu', dtype)\n"
             "x, w = torch.randn(2, 3, 8, 8), torch.randn(3, 3, 3, 3, requires_grad=True)\n"
             "with torch.autocast('cpu', dtype):\n"
             "    outs = F.conv2d(x.bfloat16(), w), x.tanh(), F.linear(x, x[0, 0]), F.batch_norm(x, torch.zeros(3), torch.ones(3))\n"
@@ -352,8 +352,8 @@ def test_without_a_card_one_line_says_so(script, card, tmp_path):
 
 
 def test_auto_takes_the_card_where_there_is_one_and_else_the_cpu(on_cpu, card, pack32, tmp_path):
-    words = [*TINY, "--data", pack32, "--benchmark", 1, "--no-compile"]
-    one, none = at_once(*(lambda cards=cards: run("train.py", *words, env={**card, "HPU_SIM_CARDS": cards}, cwd=tmp_path)
+    words = [*TINY, "--data", pack32, "--step", 1, "--no-compile"]
+    one, none = at_once(*(lambda cards=cards: run("tests/bench.py", *words, env={**card, "HPU_SIM_CARDS": cards}, cwd=tmp_path)
                           for cards in "10"))
     assert "GAUDI" in one.stdout.splitlines()[-1] and "CPU threads" in none.stdout.splitlines()[-1]
     pictures = run("sample.py", "--checkpoint", on_cpu[0], env={**card, "HPU_SIM_CARDS": "0"}, cwd=tmp_path)

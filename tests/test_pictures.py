@@ -379,12 +379,13 @@ def test_what_an_experiment_cannot_work_with_is_a_line(pack, trained, tmp_path, 
 
 
 def test_the_cost_of_a_step_is_what_the_layers_say():
-    """--benchmark's arithmetic against the multiplications of each layer, counted by hand for one."""
+    """The benchmark's arithmetic against the multiplications of each layer, counted by hand for one."""
+    import bench
     import train
     args = train.parse_args("--image-size 32 --nz 8 --ngf 4 --ndf 4".split())
     G = 2 * 16 * (8 * 16 * 1 + 16 * 8 * 16 + 8 * 4 * 64 + 4 * 3 * 256)    # 4×4 kernels: in · out · places read
     D = 2 * 16 * (3 * 4 * 256 + 4 * 8 * 64 + 8 * 16 * 16 + 16 * 1 * 1)
-    assert train.gflop_per_image(args) == pytest.approx((3 * G + 8 * D) / 1e9, rel=0.02)
+    assert bench.gflop_per_image(args) == pytest.approx((3 * G + 8 * D) / 1e9, rel=0.02)
 
 
 def test_what_cannot_be_drawn_is_a_line(tmp_path):
