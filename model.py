@@ -105,7 +105,10 @@ def latents(seeds, nz, latent="normal"):
     z = torch.empty(len(seeds), nz)
     for row, seed in zip(z, seeds):
         generator = torch.Generator().manual_seed(seed)
-        row.normal_(generator=generator) if latent == "normal" else row.uniform_(-1, 1, generator=generator)
+        if latent == "normal":
+            row.normal_(generator=generator)
+        else:
+            row.uniform_(-1, 1, generator=generator)
     return z
 
 
@@ -129,7 +132,7 @@ def cut_windows(frames, image_size, mirror=False, generator=None):
 
 @torch.no_grad()
 def render(G, z, scale=1, batch_size=64):
-    """Pictures of latents z (N, nz), made on G's device: uint8 (N, 3, S·scale, S·scale) on the CPU, enlarged bicubically.
+    """Pictures of latents z (N, nz), made on G's device: uint8 (N, 3, S·scale, S·scale) on the CPU, bicubic.
 
     In batches of one size, the last filled up: a latent gives the same picture in any company. G is in eval mode.
     """
@@ -202,40 +205,46 @@ class Score:
 
 # ---- devices --------------------------------------------------------------------------------------------------------
 
-DEVICES = ("auto", "cuda", "hpu", "cpu")
 GAUDI = ("habana-torch-plugin is not on the package index: it comes with Gaudi's own PyTorch, in its container or by "
          "its installer (docs.habana.ai, Installation Guide)")
 
 
-def choose_device(name="auto"):
-    """'auto', 'cuda', 'hpu' or 'cpu' → torch.device; auto is the best there is. InputError says what is missing.
-
-    The one place where Gaudi's plugin is loaded: importing it makes the device `hpu` exist.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: " + ("no NVIDIA GPU or driver is found" if torch.version.cuda else
-                                              f"this torch ({torch.__version__}) is built without CUDA"))
-    if name == "hpu" or name == "auto" and not torch.cuda.is_available():
-        try:
-            import habana_frameworks.torch.core  # noqa: F401
-            if torch.hpu.is_available():
-                return torch.device("hpu")
-            problem = "the plugin is there, but it finds no Gaudi card"
-        except ModuleNotFoundError as error:
-            problem = f"no module {error.name}; {GAUDI}"
-        except Exception as error:  # the plugin's own words: no card, or a driver that does not fit it
-            problem = f"the plugin does not load: {str(error).strip() or type(error).__name__}".splitlines()[0]
-        if name == "hpu":
-            raise InputError(f"--device hpu: {problem}")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    card, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()  # (7, 0); ['sm_75', …, 'compute_120']
-    fit = [kind for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built))
-           if (kind == "compute" or int(major) == card[0]) and (int(major), int(minor)) <= card]
-    if not fit and not torch.version.hip:
+def why_no_cuda():
+    """What is missing for an NVIDIA GPU, or None. Raises InputError where torch has no kernels for the one there is."""
+    if not torch.cuda.is_available():
+        return ("no NVIDIA GPU or driver is found" if torch.version.cuda else
+                f"this torch ({torch.__version__}) is built without CUDA")
+    card, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()  # (7, 0), ['sm_75', 'compute_120']
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built)):
+        if (kind == "compute" or int(major) == card[0]) and (int(major), int(minor)) <= card:
+            return None
+    if not torch.version.hip:
         raise InputError(f"--device cuda: torch {torch.__version__} has kernels for {' '.join(built)}, and "
-                         f"{torch.cuda.get_device_name()} is sm_{card[0]}{card[1]}: install an older build ('torch<2.8')")
-    return torch.device("cuda")
+                         f"{torch.cuda.get_device_name()} is sm_{card[0]}{card[1]}: install an older one ('torch<2.8')")
+
+
+def why_no_hpu():
+    """What is missing for a Gaudi card, or None. The one place where its plugin is loaded: `hpu` exists from then on."""
+    try:
+        import habana_frameworks.torch.core  # noqa: F401
+    except ModuleNotFoundError as error:
+        return f"no module {error.name}; {GAUDI}"
+    except Exception as error:  # the plugin's own words: no card, or a driver that does not fit it
+        return f"the plugin does not load: {str(error).strip() or type(error).__name__}".splitlines()[0]
+    return None if torch.hpu.is_available() else "the plugin is there, but it finds no Gaudi card"
+
+
+MISSING = {"cuda": why_no_cuda, "hpu": why_no_hpu, "cpu": lambda: None}  # best first
+DEVICES = ("auto", *MISSING)
+
+
+def choose_device(name="auto"):
+    """One of DEVICES → torch.device; auto is the best there is. Raises InputError, which says what is missing."""
+    for kind in MISSING if name == "auto" else [name]:
+        problem = MISSING[kind]()
+        if problem is None:
+            return torch.device(kind)
+    raise InputError(f"--device {name}: {problem}")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -251,7 +260,7 @@ def load_file(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                folders = any(member.external_attr & 16 for member in archive.infolist())  # torch would read zeros there
+                folders = any(entry.external_attr & 16 for entry in archive.infolist())  # torch would read zeros there
                 if archive.testzip() or folders:
                     raise InputError(f"{path} is damaged: a checksum in it is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -316,7 +325,7 @@ def checkpoints(run):
 
 
 def rebuild(network, state, path):
-    """A Generator or Discriminator with the weights in `state`, whose shapes give its sizes; eval mode, float32, CPU."""
+    """A Generator or Discriminator with the weights in `state`, whose shapes give its sizes: eval mode, float32."""
     try:
         shapes = [v.shape for k, v in state.items() if k.endswith(".weight") and v.dim() == 4]
         sizes = shapes[0][:3]  # ndf, nc, kernel_size
@@ -366,16 +375,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, least, most=10 ** 12):
-    """An argparse type: an int or float from `least` to `most`; nan is neither."""
+    """An argparse type: an int or float from `least` to `most`."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value <= most:
-            whole = "whole " * (kind is int)
-            raise argparse.ArgumentTypeError(f"{text} is not a {whole}number from {least} to {most:.15g}")
+        value = kind(text)
+        if not least <= value <= most:  # nan is neither
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most:.15g}")
         return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse's word for what it is not
     return parse
 
 
@@ -414,4 +421,5 @@ def run(main):
         if "memory" not in f"{type(error)} {error}".lower():
             raise
         problem = "out of memory: choose smaller networks, a smaller batch or fewer pictures"
-    sys.exit(print(f"error: {problem}", file=sys.stderr) or 2)
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)

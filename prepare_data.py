@@ -10,7 +10,8 @@
 
 A pack is a folder with train.npy and holdout.npy, index.csv (split, row, city, sequence, key, source file),
 skipped.csv (source file, reason), preview.png (frames beside windows of them, as training sees them) and pack.json.
-Sequences stand in random order, the frames of each in theirs: any slice of a pack samples all its cities.
+Sequences stand in random order, the frames of each in theirs: any slice of a pack samples all its cities. For another
+kind of source write a function like demo_sequences, and call it in prepare.
 MSLS: Warburg et al. 2020, Mapillary Street-Level Sequences, github.com/mapillary/mapillary_sls
 """
 import argparse
@@ -77,6 +78,7 @@ def list_files(sources, skip):
     for source in map(os.path.abspath, sources):
         top = len(os.path.join(os.path.dirname(source), ""))
         for full, read in list_folder(source, skip) if os.path.isdir(source) else list_archive(source, skip):
+            full = full.replace(os.sep, "/")
             if full.lower().endswith((*IMAGES, ".csv")):
                 msls = MSLS.search(full)
                 patch = bool(msls) and "patch" in full[:msls.start(1)].lower()
@@ -153,7 +155,7 @@ def read_member(archive, offset, packed, method, crc):
 class Frame(NamedTuple):
     number: int     # in its sequence
     path: str       # in the tree
-    read: tuple     # (function, *arguments): function(*arguments) gives the file's bytes, or a drawn PIL image
+    read: tuple     # (function, *arguments): called in a thread, it gives the file's bytes or a PIL image
 
 
 def read_tables(files, folder, skip):
@@ -188,7 +190,8 @@ def find_sequences(files, cities, exclude, skip):
             folders.setdefault(f"{os.path.dirname(path)}/images", [])  # perhaps none of them is there
     for folder, paths in progress(sorted(folders.items()), len(folders), "folders"):
         home = os.path.dirname(folder)
-        city = home.split("/")[-2] if MSLS.match(f"{folder}/x") else folder.split("/")[:2][-1]
+        parts = folder.split("/")
+        city = parts[-3] if MSLS.match(f"{folder}/x") else parts[min(1, len(parts) - 1)]
         if paths:
             found.add(city)
         if cities and city.lower() not in cities:
@@ -204,8 +207,8 @@ def find_sequences(files, cities, exclude, skip):
                 continue
             sequence = row.get("sequence_key") or row.get("sequence_id")
             untold["sequence"] += not sequence
-            number = int(re.match("[0-9]{0,18}", row.get("frame_number", ""))[0] or 0)  # of "12.0", 12
-            sequences[city, sequence or path].append(Frame(number, path, files[path]))
+            place = int(re.match("[0-9]{0,18}", row.get("frame_number", ""))[0] or 0)  # of "12.0", 12
+            sequences[city, sequence or path].append(Frame(place, path, files[path]))
         missing[city] += len(rows)
     if unknown := set(cities) - {city.lower() for city in found}:
         raise InputError(f"--cities: no {', '.join(sorted(unknown))}; there are {', '.join(sorted(found)) or 'none'}")
@@ -297,7 +300,7 @@ def decode_all(items, H, W, workers):
 
 # ---- drawn streets --------------------------------------------------------------------------------------------------
 
-DEMO = 2880         # streets that find_pack draws when there is no data
+DEMO_STREETS = 2880  # that find_pack draws when there is no data
 DEMO_SEQUENCE = 12  # frames of one street, 7 m apart
 
 # Shapes are few, large and smooth: a small GAN learns them in minutes.
@@ -543,7 +546,7 @@ def find_pack(data, image_size, out="packs"):
                              f"made again, or train on it as it is, with --data {pack}")
         return pack
     print(f"preparing {pack} from {data or 'drawn streets'}", flush=True)
-    prepare(parse_args([*(sources or ["--demo", str(DEMO)]), str(pack), "--image-size", str(image_size)]))
+    prepare(parse_args([*(sources or ["--demo", str(DEMO_STREETS)]), str(pack), "--image-size", str(image_size)]))
     return pack
 
 

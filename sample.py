@@ -62,7 +62,7 @@ def parse_args(argv=None):
     return args
 
 
-def open_pack(folder, network):
+def open_matching_pack(folder, network):
     """The Pack in a folder. Raises InputError if there is none, its images have another size, or a half is empty."""
     pack = prepare_data.open_pack(folder)
     if pack.image_size != network.image_size:
@@ -81,7 +81,7 @@ def windows(frames, n, image_size):
 
 
 def print_score(G, latent, args):
-    score = Score(open_pack(args.score, G))
+    score = Score(open_matching_pack(args.score, G))
     print(f"sliced Wasserstein distance from {score.N} held-out images (×1000, smaller is closer): "
           f"generated {score(G, latent):.1f}, real ones of the training set {score.floor:.1f}")
 
@@ -194,7 +194,7 @@ def save_nearest(G, latent, args):
     A G that remembers draws what is nearer to the training set than held-out windows are; random training windows
     show how near a copy would be.
     """
-    pack, n = open_pack(args.nearest, G), len(args.seeds)
+    pack, n = open_matching_pack(args.nearest, G), len(args.seeds)
     fakes = render(G, latents(args.seeds, G.nz, latent)) / 127.5 - 1
     held, train = (torch.cat(list(windows(frames, n, pack.image_size))) for frames in (pack.holdout, pack.train))
     images = torch.cat([fakes, held, train]).to(G.main[0].weight.device)
@@ -226,7 +226,7 @@ def ridge(gram, Y, strength):
 
 def print_features(D, args):
     """Section 5: how well a linear classifier on D's features of a frame tells its city, beside three yardsticks."""
-    pack, index, device = open_pack(args.features, D), {"train": [], "holdout": []}, D.main[0].weight.device
+    pack, index, device = open_matching_pack(args.features, D), {"train": [], "holdout": []}, D.main[0].weight.device
     with open(pack.folder / "index.csv", **prepare_data.TEXT) as file:
         for line in csv.DictReader(file):
             index[line["split"]].append((line["city"], line["sequence"]))

@@ -57,6 +57,7 @@ import prepare_data
 DEMO = dict(epochs=1000, minutes=4.5, save_minutes=1)  # without --data: streets to see in five minutes on two CPU cores
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")  # what a step returns
+LAUNCH = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"  # of torchrun; the same after its restarts
 EMA = 0.995  # of the average of G that draws, a step: it forgets in some 200 steps
 
 
@@ -83,7 +84,6 @@ def parse_args(argv=None):
     add("--stream", action="store_true", help="read the pack as it goes, though it would fit on the device")
     add("--save-minutes", type=number(float, 0), default=5, help="between checkpoints, grids and scores (default: 5)")
     add("--log-every", type=number(int, 1), default=50, help="steps between log lines; others copy nothing back (50)")
-    add("--profile", action="store_true", help="write a torch.profiler trace of some steps for TensorBoard")
     add = parser.add_argument_group("the preset's, unless typed").add_argument
     add("--image-size", type=int, choices=(32, 64, 128, 256), help="pixels")
     add("--kernel-size", type=int, choices=(4, 5), help="4, or the paper's 5")
@@ -102,10 +102,10 @@ def parse_args(argv=None):
     preset = typed.preset or ("demo-64" if demo else "naive-64")
     out = Path(typed.out or f"runs/{preset}")
     try:
-        saved = dict(json.loads((out / "args.json").read_text()), profile=False)
+        saved = dict(json.loads((out / "args.json").read_text()))
     except (OSError, ValueError, TypeError):
         saved = {}
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and saved.get("launch") == launch()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and saved.get("launch") == LAUNCH
     resume = typed.resume or restarted  # torchrun goes on with a run that it started, and with no other
     if resume:
         preset = saved.get("preset")
@@ -118,14 +118,9 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def launch():
-    """What tells one start of torchrun from another, and is the same after its restarts."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-
-
 # ---- data: uint8 frames, from the pack to the device ----------------------------------------------------------------
 
-def row_batches(n, chunk, batch_size, seed, start, advise=lambda rows: None):
+def row_batches(n, chunk, batch_size, seed, start, advise=lambda starts: None):
     """Without end: int64 (batch_size,) row numbers of n frames, every row once an epoch, from image `start` of the run.
 
     Chunks of so many rows, that stand together on the disk, come in random order; a pool of 256 of them (thousands of
@@ -135,45 +130,54 @@ def row_batches(n, chunk, batch_size, seed, start, advise=lambda rows: None):
     rows, skip = np.empty(0, np.int64), start % n
     for epoch in itertools.count(start // n):
         rng = np.random.default_rng((*seed, epoch))
-        firsts = chunk * rng.permutation(-(-n // chunk))
-        for pool in np.split(firsts, range(256, len(firsts), 256)):
-            advise(pool)
-            pool = (pool[:, None] + np.arange(chunk)).ravel()
+        starts = chunk * rng.permutation(math.ceil(n / chunk))
+        for pool_starts in np.split(starts, range(256, len(starts), 256)):
+            advise(pool_starts)
+            pool = (pool_starts[:, None] + np.arange(chunk)).ravel()
             pool = rng.permutation(pool[pool < n])
-            rows, skip = np.concatenate([rows, pool])[skip:], max(0, skip - len(rows) - len(pool))
+            rows = np.concatenate([rows, pool])
+            dropped = min(skip, len(rows))  # seen before the run was resumed
+            rows, skip = rows[dropped:], skip - dropped
             while len(rows) >= batch_size + len(pool):  # the newest pool waits: the disk is still reading it
                 yield rows[:batch_size]
                 rows = rows[batch_size:]
 
 
 def batches(pack, args, device, rank, world, start):
-    """Without end: (uint8 (batch_size, H, W, 3) on the device, seconds waited for it).
+    """Without end: (uint8 (batch_size, H, W, 3) on the device, seconds waited for it), from image `start` of the run.
 
     Each rank has its slice of the pack, all of one length: it samples all cities, as the pack's sequences are shuffled.
     It lives on the device if it takes no more than half of the memory there; else a thread reads ahead on the disk.
     """
-    n = -(-len(pack.train) // world)
+    n = math.ceil(len(pack.train) / world)
     first = min(rank * n, len(pack.train) - n)  # the last slice overlaps its neighbour by less than a frame a rank
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")  # nor do we write
         frames = torch.from_numpy(pack.train[first:first + n])
-    frame_bytes = frames[0].nbytes
-    chunk = max(1, 2 ** 20 // frame_bytes)  # 1 MB: a disk reads such at its full rate
+    chunk = max(1, 2 ** 20 // frames[0].nbytes)  # 1 MB: a disk reads such at its full rate
     order = functools.partial(row_batches, n, chunk, seed=(args.seed, rank), start=start // world)
-    if frames.nbytes <= device.free_memory(world) / 2 and not args.stream:
-        frames = frames.to(device.type, copy=True)
-        for rows in order(64 * args.batch_size):  # without end; row numbers go up for 64 steps at once
-            for part in torch.from_numpy(rows).to(device.type).split(args.batch_size):
-                yield frames.index_select(0, part), 0.0
+    if frames.nbytes <= device.free_memory() / 2 and not args.stream:
+        return resident(frames, args.batch_size, order, device)
+    return streamed(frames, args.batch_size, order, device, pack.train, first, chunk)
 
-    fd = os.open(pack.train.filename, os.O_RDONLY)
 
-    def advise(firsts):  # the kernel reads these chunks into its cache while we go on
-        for row in firsts.tolist() if hasattr(os, "posix_fadvise") else ():
-            place = pack.train.offset + (first + row) * frame_bytes
+def resident(frames, batch_size, order, device):
+    frames = frames.to(device.type, copy=True)
+    for rows in order(64 * batch_size):  # row numbers are copied to the device for 64 steps at once
+        for part in torch.from_numpy(rows).to(device.type).split(batch_size):
+            yield frames.index_select(0, part), 0.0
+
+
+def streamed(frames, batch_size, order, device, array, first, chunk):
+    """`frames` is a view of the memory-mapped `array` from row `first` on."""
+    fd, frame_bytes = os.open(array.filename, os.O_RDONLY), frames[0].nbytes
+
+    def advise(starts):  # the kernel reads these chunks into its cache while we go on
+        for start in starts.tolist() if hasattr(os, "posix_fadvise") else ():
+            place = array.offset + (first + start) * frame_bytes
             os.posix_fadvise(fd, place, chunk * frame_bytes, os.POSIX_FADV_WILLNEED)
 
-    rows = order(args.batch_size, advise=advise)
+    rows = order(batch_size, advise=advise)
 
     def read():
         batch = frames.index_select(0, torch.from_numpy(next(rows)))
@@ -210,26 +214,29 @@ class DCGAN:
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
 
     def step(self, frames):
-        """uint8 frames (N, H, W, 3) → float32 (5,) on the device, as STATS names it: one update of D, then one of G."""
-        args, G, D, bce = self.args, self.G, self.D, F.binary_cross_entropy_with_logits
+        """uint8 frames (N, H, W, 3) → float32 (5,) on the device, as STATS names it: one update of D, then one of G.
+
+        For five of D, say, type five times the --batch-size and give each a fifth of the frames. A gradient penalty
+        takes a second derivative, which compiled networks have not: --no-compile.
+        """
+        args, G, D = self.args, self.G, self.D
         real = cut_windows(frames, args.image_size, args.mirror)
         z = torch.empty(len(frames), args.nz, device=self.device.type)
         z = z.normal_() if args.latent == "normal" else z.uniform_(-1, 1)
 
         with self.autocast():
             fake = G(z)
-            on_real, on_fake = self.look(real), self.look(fake.detach())  # apart: each has its own batch statistics
-        loss_D = bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))
+            on_real, on_fake = self.logits(real), self.logits(fake.detach())  # apart: each has its own batch statistics
+        loss_D = bce(on_real, 1.0) + bce(on_fake, 0.0)  # outside autocast: in fp32, whatever its ops
         self.update(self.opt_D, loss_D)
 
         D.requires_grad_(False)  # its gradients are not wanted now: a quarter of D's backward
         with self.autocast():
-            on_fake_after = self.look(fake)  # the same fakes, seen by the better D
-        loss_G = bce(on_fake_after, torch.ones_like(on_fake_after))
+            on_fake_after = self.logits(fake)  # the same fakes, seen by the better D
+        loss_G = bce(on_fake_after, 1.0)
         self.update(self.opt_G, loss_G)
         D.requires_grad_(True)
 
-        self.scaler.update()
         with torch.no_grad():
             for average, weight in zip(self.G_ema.parameters(), G.parameters()):
                 average.lerp_(weight, 1 - EMA)
@@ -237,12 +244,12 @@ class DCGAN:
         return torch.stack([loss_D.detach(), loss_G.detach(), *probabilities])
 
     def autocast(self):
-        """One a forward pass: it caches weights in bf16, which an optimizer's step makes stale. The losses are fp32."""
+        """One a forward pass: it caches weights in bf16, which an optimizer's step makes stale."""
         dtype = DTYPES[self.device.precision]
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 
-    def look(self, images):
-        """D's logits, float32 (N,), of images with instance noise."""
+    def logits(self, images):
+        """D's, float32 (N,), of images with instance noise."""
         if std := self.args.instance_noise:
             images = images + std * torch.randn(images.shape, device=images.device)  # the same in any memory layout
         return self.D(images).float()
@@ -257,12 +264,13 @@ class DCGAN:
             for g, part in zip(gradients, together.split([g.numel() for g in gradients])):
                 g.copy_(part.view(g.shape) / self.world)
         self.scaler.step(optimizer)
+        self.scaler.update()
         self.device.mark_step()
 
-    def settle(self):
+    def drawing_G(self):
         """The average of G in eval mode, its batch statistics taken afresh over 1,024 latents.
 
-        Those of training are of a batch or so, and of other weights; they are left alone.
+        Those of the G in training are of a batch or so, and of other weights. It keeps them.
         """
         z = latents(range(1024), self.args.nz, self.args.latent).to(self.device.type)
         update_bn(z.split(64), self.G_ema)
@@ -284,15 +292,21 @@ class DCGAN:
             self.scaler.load_state_dict(saved["scaler"])
 
 
+def bce(logits, target):
+    """Binary cross-entropy of logits (N,) with one target, 1.0 for real or 0.0 for fake: the mean."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
 def cpu_state(net):
     return {name: tensor.cpu() for name, tensor in net.state_dict().items()}
 
 
 def adam_state(optimizer):
     """Step count and moments, in one form for torch's AdamW, which counts by parameter, and Gaudi's, by group."""
-    group, states = optimizer.param_groups[0], [optimizer.state.get(p, {}) for p in optimizer.param_groups[0]["params"]]
-    count = max(int(counts.get("step", 0)) for counts in (group, states[0]))
-    return {"step": count, **{key: [s[key].cpu() for s in states if s] for key in ("exp_avg", "exp_avg_sq")}}
+    group = optimizer.param_groups[0]
+    states = [optimizer.state[p] for p in group["params"] if optimizer.state.get(p)]  # none before the first step
+    step = max(int(counts.get("step", 0)) for counts in (group, *states[:1]))
+    return {"step": step, **{key: [state[key].cpu() for state in states] for key in ("exp_avg", "exp_avg_sq")}}
 
 
 def load_adam_state(optimizer, saved):
@@ -303,33 +317,31 @@ def load_adam_state(optimizer, saved):
         state = {key: torch.zeros_like(p).copy_(m) for key, m in zip(("exp_avg", "exp_avg_sq"), moments)}
         state["step"] = torch.tensor(float(saved["step"]), device=p.device if group.get("fused") else "cpu")
         optimizer.state[p] = state
-    if p.device.type == "hpu":
+    if group["params"][0].device.type == "hpu":
         group["step"] = saved["step"]
 
 
 # ---- devices: what each needs, and what runs in which precision ------------------------------------------------------
 
 def set_up_device(args, local):
-    """A namespace of what on_cuda, on_hpu or on_cpu says of the device of process `local` on this machine, and of
+    """A namespace: what on_cuda, on_hpu or on_cpu says for process `local` of this machine, and type, precision, lists.
 
-    type, name, precision ('fp32' | 'bf16' | 'fp16'), and lists: the ops in low precision and in fp32, or None. Another
-    device is another such function, and a branch in model.choose_device.
+    type is 'cuda', 'hpu' or 'cpu'; precision 'fp32', 'bf16' or 'fp16'; lists the ops in low precision and those in
+    fp32, or None. Another device is another such function here, and one in model.py that says why it is not there.
     """
-    gaudi = args.device == "hpu" or (args.device == "auto" and not torch.cuda.is_available()
-                                     and find_spec("habana_frameworks") is not None)
+    gaudi = args.device in ("auto", "hpu") and find_spec("habana_frameworks") is not None  # it may be
     lists = op_lists(args, gaudi)
     if lists and gaudi:
         give_to_plugin(lists)  # before it loads, which is when it reads them
     kind = choose_device(args.device).type
     device = {"cuda": on_cuda, "hpu": on_hpu, "cpu": on_cpu}[kind](local)
-    precision = device.fast if args.precision == "auto" else args.precision
+    precision = device.auto_precision if args.precision == "auto" else args.precision
     if kind == "hpu" and precision == "fp16":
         raise InputError("--precision fp16 is for GPUs without bf16, and hpu has it: leave the option out")
     if kind != "hpu" and (lists := op_lists(args)):
         precision = "bf16" if precision == "fp32" else precision  # lists ask for mixed precision, fast here or not
         patch_autocast(lists, kind, DTYPES[precision])
     device.type, device.precision, device.lists = kind, precision, lists
-    device.name = f"{torch.get_num_threads()} CPU threads" if kind == "cpu" else getattr(torch, kind).get_device_name()
     return device
 
 
@@ -342,16 +354,18 @@ def on_cuda(local):
     warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # without a graph
     capability = torch.cuda.get_device_capability()
     return SimpleNamespace(
-        fast="bf16" if capability >= (8, 0) else "fp16",
-        free_memory=lambda world: torch.cuda.mem_get_info()[0],
+        name=torch.cuda.get_device_name(),
+        backend="nccl",
+        auto_precision="bf16" if capability >= (8, 0) else "fp16",
         layout=torch.channels_last,  # 1.1×
         AdamW=functools.partial(torch.optim.AdamW, fused=True, capturable=True),  # one kernel, that a graph may hold
         mark_step=lambda: None,
+        graph=graphed,
         compiler="inductor" if capability >= (7, 0) and find_spec("triton") and c_compiler() else None,
         compiling_pays=True,
-        graph=graphed,
         seed=torch.cuda.manual_seed,
-        backend="nccl")
+        free_memory=lambda: torch.cuda.mem_get_info()[0],  # bytes
+        peak_memory=torch.cuda.max_memory_allocated)
 
 
 def on_hpu(local):
@@ -359,32 +373,38 @@ def on_hpu(local):
     from habana_frameworks.torch.hpex.optimizers import FusedAdamW
     if "RANK" in os.environ:
         import habana_frameworks.torch.distributed.hccl  # noqa: F401  makes the backend known
+    lazy = os.environ.get("PT_HPU_LAZY_MODE") == "1"
     return SimpleNamespace(
-        fast="bf16",
-        free_memory=lambda world: torch.hpu.mem_get_info()[0] if hasattr(torch.hpu, "mem_get_info") else 16 * 2 ** 30,
+        name=torch.hpu.get_device_name(),
+        backend="hccl",
+        auto_precision="bf16",
         layout=torch.contiguous_format,  # it has one of its own
         AdamW=FusedAdamW,
         mark_step=mark_step,  # in lazy mode the ops collected so far go to the card; eager mode ignores it
-        compiler=None if os.environ.get("PT_HPU_LAZY_MODE") == "1" else "hpu_backend",
-        compiling_pays=os.environ.get("PT_HPU_LAZY_MODE") != "1",
         graph=lambda step: step,
+        compiler=None if lazy else "hpu_backend",
+        compiling_pays=not lazy,
         seed=lambda seed: getattr(torch.hpu, "random", torch.hpu).manual_seed_all(seed),
-        backend="hccl")
+        free_memory=lambda: torch.hpu.mem_get_info()[0] if hasattr(torch.hpu, "mem_get_info") else 16 * 2 ** 30,
+        peak_memory=torch.hpu.max_memory_allocated)
 
 
 def on_cpu(local):
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2 ** 33
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine, which they share
     return SimpleNamespace(
-        fast="bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32",
-        free_memory=lambda world: memory / world,
+        name=f"{torch.get_num_threads()} CPU threads",
+        backend="gloo",
+        auto_precision="bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32",
         layout=torch.channels_last,
         AdamW=functools.partial(torch.optim.AdamW, fused=True),
         mark_step=lambda: None,
+        graph=lambda step: step,
         compiler="inductor" if c_compiler() else None,
         compiling_pays=False,  # it gains 3%
-        graph=lambda step: step,
         seed=torch.default_generator.manual_seed,
-        backend="gloo")
+        free_memory=lambda: memory / processes,
+        peak_memory=None)
 
 
 def c_compiler():
@@ -392,8 +412,8 @@ def c_compiler():
 
 
 # Mixed precision, op by op. On hpu these lists replace the plugin's own; --bf16-ops and --fp32-ops change them.
-# Convolutions and what is element-wise are cheap and safe in bf16; statistics want fp32's digits, and so does the loss,
-# which stands outside autocast.
+# Convolutions and what is element-wise are cheap and safe in bf16; batch norm's statistics want fp32's digits. Of the
+# rest a loss is made, and counts for one that you put inside autocast.
 BF16_OPS = "conv2d conv_transpose2d linear addmm mm bmm matmul relu leaky_relu tanh".split()
 FP32_OPS = "batch_norm binary_cross_entropy_with_logits sigmoid softplus mean sum div exp log pow rsqrt".split()
 NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}  # the plugin lowers their input alone
@@ -446,23 +466,26 @@ def give_to_plugin(lists):
 
 
 def patch_autocast(lists, device_type, dtype):
-    """A listed op's autocast kernel becomes: cast its floating-point arguments, then call it with autocast off.
+    """On cuda and cpu: what autocast does for a listed op becomes cast_and_call. torch.compile traces through it.
 
-    So on cuda and cpu a listed op costs one level of Python, and the others nothing; torch.compile traces through it.
+    A listed op costs one level of Python, and the others nothing.
     """
     KEPT.append(library := torch.library.Library("aten", "IMPL", f"Autocast{device_type.upper()}"))
     for ops, target in zip(lists, (dtype, torch.float32)):
         for name in ops:
             packet = getattr(torch.ops.aten, name)
-            for overload in (getattr(packet, o) for o in packet.overloads()):
-                def kernel(*xs, op=overload, first=name in NORMS, target=target, **kw):
-                    def cast(x):
-                        return x.to(target) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-                    with torch.autocast(device_type, enabled=False):
-                        return op(cast(xs[0]), *xs[1:], **kw) if first else op(*map(cast, xs), **kw)
+            for overload in packet.overloads():
+                op = getattr(packet, overload)
                 with warnings.catch_warnings():  # that it replaces torch's own rule for the op is the point
                     warnings.simplefilter("ignore")
-                    library.impl(overload, kernel)
+                    library.impl(op, functools.partial(cast_and_call, op, device_type, target, name in NORMS))
+
+
+def cast_and_call(op, device_type, target, input_alone, *xs, **kwargs):
+    """op(*xs, **kwargs) with autocast off, and all floating-point tensors in xs, or the first alone, cast to target."""
+    cast = [x.to(target) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in xs]
+    with torch.autocast(device_type, enabled=False):
+        return op(cast[0], *xs[1:], **kwargs) if input_alone else op(*cast, **kwargs)
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------------
@@ -470,11 +493,13 @@ def patch_autocast(lists, device_type, dtype):
 def make_fast(model, args, rank, images_to_go):
     """train_step(frames, step) → statistics: model.step, compiled where that pays, and on CUDA as one graph.
 
-    Compiling takes a minute and saves a tenth: it pays from ten minutes on, some five million images of large networks.
+    Compiling takes a minute and saves a tenth: it pays from ten minutes on, or five million images of large networks.
     What a step draws on the device is seeded by its number, so that a resumed run needs no other state.
     """
     device = model.device
-    wanted = device.compiling_pays and images_to_go > 5e6 if args.compile is None else args.compile
+    wanted = args.compile
+    if wanted is None:
+        wanted = device.compiling_pays and images_to_go > 5e6 and (args.minutes or 10) >= 10
     if wanted and not device.compiler:
         needs = "--compile needs a C compiler, on cuda Triton and compute capability 7.0, on hpu PT_HPU_LAZY_MODE=0"
         if args.compile:
@@ -485,11 +510,11 @@ def make_fast(model, args, rank, images_to_go):
         for net in (model.G, model.D):
             net.compile(backend=device.compiler)
     captured = args.graph and device.precision != "fp16"  # whose scaler looks at gradients
-    update = device.graph(model.step) if captured else model.step
+    run_step = device.graph(model.step) if captured else model.step
 
     def train_step(frames, step):
         device.seed(int(np.random.SeedSequence((args.seed, rank, step)).generate_state(1)[0]))
-        return update(frames)
+        return run_step(frames)
 
     return train_step
 
@@ -543,30 +568,34 @@ class Saver:
     """Writes files of tensors behind the training: a slow disk stalls nothing, and a kill leaves no damaged file."""
 
     def __init__(self, out):
-        self.out, self.pool, self.jobs, self.failed = Path(out), ThreadPoolExecutor(1), [], None
+        self.out, self.pool, self.failed = Path(out), ThreadPoolExecutor(1), None
+        self.job = self.pool.submit(lambda: None)
 
-    def save(self, files):
-        """{name: content}: snapshot now, write behind. What the disk refuses is a warning, and stays in `failed`."""
+    def save(self, files, wait=False):
+        """{name: content}: snapshot now, write behind. What the disk refuses is a warning, and stays in `failed`.
+
+        It is left out where the last one is still being written, unless `wait`: then both are, when it returns.
+        """
+        if not (wait or self.job.done()):
+            print("warning: the disk is still writing the last checkpoint; this one is left out", file=sys.stderr)
+            return
         snapshot = {}
         for name, content in files.items():
             torch.save(content, buffer := io.BytesIO(), pickle_protocol=2)  # Gaudi's default, 4, opens nowhere else
             snapshot[name] = buffer.getbuffer()
-        self.jobs.append(self.pool.submit(self.write, snapshot))
+        self.job = self.pool.submit(self.write, snapshot)
+        if wait:
+            self.job.result()
 
     def write(self, snapshot):
         newest, previous = checkpoints(self.out)
         try:
             for name, data in snapshot.items():
                 write_file(self.out / name, data, previous=previous if name == newest.name else None)
-            if newest.name in snapshot:
-                self.failed = None
+            self.failed = None
         except OSError as error:
             self.failed = f"no checkpoint at {self.out}: {error.strerror or error}"
             print(f"warning: {self.failed}; training goes on", file=sys.stderr)
-
-    def join(self):
-        while self.jobs:
-            self.jobs.pop().result()
 
 
 class Keeper:
@@ -576,7 +605,7 @@ class Keeper:
     """
 
     def __init__(self, args, pack, model, step, images, total, ends):
-        """Of a run at `step` and `images` of `total`, that is over when time.monotonic() is `ends`."""
+        """The run is at `step` and `images` of `total`, and is over when time.monotonic() is `ends`."""
         self.args, self.pack, self.model, self.total, self.ends = args, pack, model, total, ends
         self.out, self.saver, device = Path(args.out), Saver(args.out), model.device
         print(f"{args.preset} in {device.precision} on {model.world} × {device.name}: {len(pack.train):,} frames of "
@@ -585,7 +614,7 @@ class Keeper:
             print(f"ops in {which}: {' '.join(ops)}")
         low, high = device.lists or (None, None)
         in_force = dict(device=device.name, world=model.world, precision=device.precision, bf16_ops=low, fp32_ops=high)
-        arguments = {**vars(args), "launch": launch(), "in_force": in_force}
+        arguments = {**vars(args), "launch": LAUNCH, "in_force": in_force}
         write_file(self.out / "args.json", (json.dumps(arguments, indent=1) + "\n").encode())
 
         self.writer, self.resting_until = None, 0.0
@@ -625,38 +654,40 @@ class Keeper:
 
     def log(self, step, images, values, rate, waiting, last):
         """The log line that everybody knows from DCGAN, its numbers for TensorBoard, and keep() where that is due."""
-        args, left = self.args, max(0, self.total - images)
+        args, images_a_step = self.args, self.args.batch_size * self.model.world
+        left = max(0, self.total - images)
         seconds = max(0, min(left / rate, self.ends - time.monotonic()))
-        epoch = min(args.epochs, -(-images // len(self.pack.train)))
-        steps = step - (-left // (args.batch_size * self.model.world))
-        line = ("[{}/{}][{}/{}] Loss_D {:.4f} Loss_G {:.4f} D(x) {:.4f} D(G(z)) {:.4f} / {:.4f}  "
-                "{:,.0f} images/s, {} left").format(epoch, args.epochs, step, steps, *values, rate,
-                                                    timedelta(seconds=round(seconds)))
+        epoch = min(args.epochs, math.ceil(images / len(self.pack.train)))
+        loss_D, loss_G, on_real, on_fake, on_fake_after = values
+        line = (f"[{epoch}/{args.epochs}][{step}/{step + math.ceil(left / images_a_step)}] "
+                f"Loss_D {loss_D:.4f} Loss_G {loss_G:.4f} "
+                f"D(x) {on_real:.4f} D(G(z)) {on_fake:.4f} / {on_fake_after:.4f}  "
+                f"{rate:,.0f} images/s, {timedelta(seconds=round(seconds))} left")
         shown = {**dict(zip(STATS, values)), "images/s": rate, "share of time waiting for data": waiting}
-        if self.model.device.type != "cpu":
-            shown["device memory (GB)"] = getattr(torch, self.model.device.type).max_memory_allocated() / 1e9
+        if peak_memory := self.model.device.peak_memory:
+            shown["device memory (GB)"] = peak_memory() / 1e9
         self.show(lambda writer: [writer.add_scalar(name, value, images) for name, value in shown.items()])
-        kept = self.keep(step, images, wait=last) if last or time.monotonic() > self.due else ""
+        kept = self.keep(step, images, last) if last or time.monotonic() > self.due else ""
         print(line + kept, flush=True)
 
     def keep(self, step, images, wait=False):
-        """Save a checkpoint, then draw seeds 0-63 and score them; returns the score in words, for the log line.
+        """Draw seeds 0-63, score them, and save a checkpoint; returns the score in words, for the log line.
 
         Due again not before 40 times as long as it took: under 3% of the time, also where drawing is slow, as on a CPU.
         """
-        check_numbers(step, model=self.model)
-        began, args, G = time.monotonic(), self.args, self.model.settle()
-        generator = {"format": FORMAT, "images": images, "latent": args.latent, "G": cpu_state(G)}
-        self.saver.join()
-        checkpoint = {**generator, **self.model.state(), "step": step}  # its G is the one in training
-        self.saver.save({f"generator-{images:09d}.pt": generator, "checkpoint.pt": checkpoint})
+        check_weights(self.model, step)
+        began, args, G = time.monotonic(), self.args, self.model.drawing_G()
+        about = {"format": FORMAT, "images": images, "latent": args.latent}
+        files = {f"generator-{images:09d}.pt": {**about, "G": cpu_state(G)},
+                 "checkpoint.pt": {**about, "step": step, **self.model.state()}}
         grid = make_grid(render(G, latents(range(64), args.nz, args.latent)))
-        score = self.score and self.score(G, args.latent)
+        score = self.score(G, args.latent) if self.score else None
         if self.score:
             best = min((float(row.split(",")[1]) for row in self.scores[1:]), default=math.inf)
             self.scores.append(f"{images},{score:.2f},{self.score.floor:.2f}")
             if score < best:
-                self.saver.save({"generator-best.pt": generator})
+                files["generator-best.pt"] = files[f"generator-{images:09d}.pt"]
+        self.saver.save(files, wait)
 
         def add(writer):
             writer.add_image("samples", grid, images)
@@ -667,8 +698,6 @@ class Keeper:
                 write_file(self.out / "scores.csv", "\n".join([*self.scores, ""]).encode())
 
         self.show(add)
-        if wait:
-            self.saver.join()
         now = time.monotonic()
         self.due = now + (args.save_minutes and max(60 * args.save_minutes, 40 * (now - began)))
         return f", score {score:.1f} (real images {self.score.floor:.1f})" if self.score else ""
@@ -681,16 +710,22 @@ class Keeper:
               f"python sample.py --checkpoint {self.out}", flush=True)
 
 
-def check_numbers(step, losses=(), model=None):
-    """Exit where a loss of the steps up to this one, or a weight of the model about to be saved, is not finite."""
-    bad = [f"step {at}: Loss_D is {loss_D}, Loss_G {loss_G}"
-           for at, (loss_D, loss_G, *_) in enumerate(losses, step - len(losses) + 1)
-           if not math.isfinite(loss_D + loss_G)]
-    if model and not all(t.isfinite().all() for net in (model.G, model.D) for t in net.state_dict().values()):
-        bad.append(f"step {step}: a weight is infinite or no number")  # the loss would be, one step later
-    if bad:
-        sys.exit(f"error: {bad[0]}. The last checkpoint is from before; --resume from it with a lower --lr or "
-                 "--precision fp32")
+def check_losses(values, step):
+    """Exit where a loss of the steps up to this one is not finite."""
+    for at, (loss_D, loss_G, *_) in enumerate(values, step - len(values) + 1):
+        if not math.isfinite(loss_D + loss_G):
+            stop_at(f"step {at}: Loss_D is {loss_D}, Loss_G {loss_G}")
+
+
+def check_weights(model, step):
+    """Exit where a weight about to be saved is not finite: the loss would be, one step later."""
+    if not all(tensor.isfinite().all() for net in (model.G, model.D) for tensor in net.state_dict().values()):
+        stop_at(f"step {step}: a weight is infinite or no number")
+
+
+def stop_at(problem):
+    sys.exit(f"error: {problem}. The last checkpoint is from before; --resume from it with a lower --lr or "
+             "--precision fp32")
 
 
 # ---- processes and the loop -----------------------------------------------------------------------------------------
@@ -757,7 +792,7 @@ def main(argv=None):
     if agree(images) != images:
         raise InputError(f"--resume: every rank reads {args.out}, and it is not the same on all machines")
     images_a_step = args.batch_size * world
-    total = -(-args.epochs * len(pack.train) // images_a_step) * images_a_step
+    total = math.ceil(args.epochs * len(pack.train) / images_a_step) * images_a_step
     train_step = make_fast(model, args, rank, total - images)
     stream = batches(pack, args, device, rank, world, images)
     keeper = Keeper(args, pack, model, step, images, total, ends) if rank == 0 else None
@@ -771,11 +806,11 @@ def main(argv=None):
         history.append(train_step(frames, step))
         step, images, waited = step + 1, images + images_a_step, waited + seconds
         if world == 1 or step % 10 == 0:  # a notice to one rank is a notice to all, and so is the time's end
-            leave = agree(max(notice, default=int(time.monotonic() > ends)))
+            leave = agree(notice[0] if notice else int(time.monotonic() > ends))
         last = images >= total or leave
         if step % args.log_every == 0 or last:
             values = torch.stack(history).tolist()  # the one copy back from the device; it waits for the steps so far
-            check_numbers(step, values)
+            check_losses(values, step)
             took = time.perf_counter() - since
             if keeper:
                 keeper.log(step, images, values[-1], len(history) * images_a_step / took, waited / took, last)

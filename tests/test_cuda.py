@@ -93,6 +93,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "manual_seed", torch.default_generator.manual_seed)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(train, "find_spec", lambda name: name)
@@ -100,7 +101,7 @@ def gpu(monkeypatch):
 
 
 def arguments(*words):
-    return train.parse_args([*TINY, "--data", "", "--device", "cpu", *words])
+    return train.parse_args([*TINY, "--preset", "naive-64", "--device", "cpu", *words])
 
 
 def networks(args, gpu=True):
@@ -225,6 +226,8 @@ def test_compile_is_left_out_in_a_line_where_it_can_not_be_and_refused_if_asked_
 @pytest.mark.parametrize("words, on_gpu, images, backends", [
     ([], True, 1e9, ["inductor"] * 2),
     ([], True, 1e5, []),
+    (["--minutes", "9"], True, 1e9, []),
+    (["--minutes", "10"], True, 1e9, ["inductor"] * 2),
     (["--compile"], True, 1e5, ["inductor"] * 2),
     (["--no-compile"], True, 1e9, []),
     ([], False, 1e9, []),
