@@ -224,14 +224,14 @@ def why_no_cuda():
 
 
 def why_no_hpu():
-    """What is missing for a Gaudi card, or None. The one place where its plugin is loaded: `hpu` exists from then on."""
+    """What is missing for a Gaudi card, or None. The one place where its plugin is loaded, which makes `hpu` exist."""
     try:
         import habana_frameworks.torch.core  # noqa: F401
+        return None if torch.hpu.is_available() else "the plugin is there, but it finds no Gaudi card"
     except ModuleNotFoundError as error:
         return f"no module {error.name}; {GAUDI}"
     except Exception as error:  # the plugin's own words: no card, or a driver that does not fit it
         return f"the plugin does not load: {str(error).strip() or type(error).__name__}".splitlines()[0]
-    return None if torch.hpu.is_available() else "the plugin is there, but it finds no Gaudi card"
 
 
 MISSING = {"cuda": why_no_cuda, "hpu": why_no_hpu, "cpu": lambda: None}  # best first

@@ -47,6 +47,7 @@ from model import (DEVICES, FORMAT, PRESETS, Discriminator, Generator, InputErro
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import _functorch as functorch
 from torch.optim.swa_utils import update_bn
 from torch.utils.tensorboard import SummaryWriter
 from PIL import Image
@@ -371,7 +372,7 @@ def on_cuda(local):
 def on_hpu(local):
     from habana_frameworks.torch.core import mark_step
     from habana_frameworks.torch.hpex.optimizers import FusedAdamW
-    if "RANK" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         import habana_frameworks.torch.distributed.hccl  # noqa: F401  makes the backend known
     lazy = os.environ.get("PT_HPU_LAZY_MODE") == "1"
     return SimpleNamespace(
@@ -470,6 +471,7 @@ def patch_autocast(lists, device_type, dtype):
 
     A listed op costs one level of Python, and the others nothing.
     """
+    functorch.config.enable_autograd_cache = False  # it would take a network compiled under other lists for this one
     KEPT.append(library := torch.library.Library("aten", "IMPL", f"Autocast{device_type.upper()}"))
     for ops, target in zip(lists, (dtype, torch.float32)):
         for name in ops:
@@ -493,13 +495,13 @@ def cast_and_call(op, device_type, target, input_alone, *xs, **kwargs):
 def make_fast(model, args, rank, images_to_go):
     """train_step(frames, step) → statistics: model.step, compiled where that pays, and on CUDA as one graph.
 
-    Compiling takes a minute and saves a tenth: it pays from ten minutes on, or five million images of large networks.
+    Compiling takes a minute and saves a tenth: it pays from ten minutes on, twenty million images a device of naive-64.
     What a step draws on the device is seeded by its number, so that a resumed run needs no other state.
     """
     device = model.device
     wanted = args.compile
     if wanted is None:
-        wanted = device.compiling_pays and images_to_go > 5e6 and (args.minutes or 10) >= 10
+        wanted = device.compiling_pays and images_to_go > 2e7 and (args.minutes or 10) >= 10
     if wanted and not device.compiler:
         needs = "--compile needs a C compiler, on cuda Triton and compute capability 7.0, on hpu PT_HPU_LAZY_MODE=0"
         if args.compile:
@@ -571,28 +573,27 @@ class Saver:
         self.out, self.pool, self.failed = Path(out), ThreadPoolExecutor(1), None
         self.job = self.pool.submit(lambda: None)
 
-    def save(self, files, wait=False):
+    def save(self, files, needed=True):
         """{name: content}: snapshot now, write behind. What the disk refuses is a warning, and stays in `failed`.
 
-        It is left out where the last one is still being written, unless `wait`: then both are, when it returns.
+        What is not needed is left out while the last save is still being written.
         """
-        if not (wait or self.job.done()):
+        if not (needed or self.job.done()):
             print("warning: the disk is still writing the last checkpoint; this one is left out", file=sys.stderr)
             return
         snapshot = {}
         for name, content in files.items():
             torch.save(content, buffer := io.BytesIO(), pickle_protocol=2)  # Gaudi's default, 4, opens nowhere else
             snapshot[name] = buffer.getbuffer()
-        self.job = self.pool.submit(self.write, snapshot)
-        if wait:
-            self.job.result()
+        self.job = self.pool.submit(self.write, snapshot)  # one after the other
 
     def write(self, snapshot):
         newest, previous = checkpoints(self.out)
         try:
             for name, data in snapshot.items():
                 write_file(self.out / name, data, previous=previous if name == newest.name else None)
-            self.failed = None
+            if newest.name in snapshot:
+                self.failed = None
         except OSError as error:
             self.failed = f"no checkpoint at {self.out}: {error.strerror or error}"
             print(f"warning: {self.failed}; training goes on", file=sys.stderr)
@@ -628,6 +629,7 @@ class Keeper:
 
         table = self.out / "scores.csv"
         self.scores = table.read_text().splitlines() if table.exists() else ["images,score,floor"]
+        self.best = min((float(row.split(",")[1]) for row in self.scores[1:]), default=math.inf)
         try:
             self.score = Score(pack)
         except InputError as why:
@@ -671,23 +673,23 @@ class Keeper:
         print(line + kept, flush=True)
 
     def keep(self, step, images, wait=False):
-        """Draw seeds 0-63, score them, and save a checkpoint; returns the score in words, for the log line.
+        """Save a checkpoint, then draw seeds 0-63 and score them; returns the score in words, for the log line.
 
         Due again not before 40 times as long as it took: under 3% of the time, also where drawing is slow, as on a CPU.
         """
         check_weights(self.model, step)
         began, args, G = time.monotonic(), self.args, self.model.drawing_G()
         about = {"format": FORMAT, "images": images, "latent": args.latent}
-        files = {f"generator-{images:09d}.pt": {**about, "G": cpu_state(G)},
-                 "checkpoint.pt": {**about, "step": step, **self.model.state()}}
+        generator = {**about, "G": cpu_state(G)}
+        checkpoint = {**about, "step": step, **self.model.state()}
+        self.saver.save({f"generator-{images:09d}.pt": generator, "checkpoint.pt": checkpoint}, needed=wait)
         grid = make_grid(render(G, latents(range(64), args.nz, args.latent)))
-        score = self.score(G, args.latent) if self.score else None
+        score = self.score(G, args.latent) if self.score else math.inf
         if self.score:
-            best = min((float(row.split(",")[1]) for row in self.scores[1:]), default=math.inf)
             self.scores.append(f"{images},{score:.2f},{self.score.floor:.2f}")
-            if score < best:
-                files["generator-best.pt"] = files[f"generator-{images:09d}.pt"]
-        self.saver.save(files, wait)
+        if score < self.best:
+            self.best = score
+            self.saver.save({"generator-best.pt": generator})
 
         def add(writer):
             writer.add_image("samples", grid, images)
@@ -698,6 +700,8 @@ class Keeper:
                 write_file(self.out / "scores.csv", "\n".join([*self.scores, ""]).encode())
 
         self.show(add)
+        if wait:
+            self.saver.job.result()
         now = time.monotonic()
         self.due = now + (args.save_minutes and max(60 * args.save_minutes, 40 * (now - began)))
         return f", score {score:.1f} (real images {self.score.floor:.1f})" if self.score else ""
@@ -793,7 +797,7 @@ def main(argv=None):
         raise InputError(f"--resume: every rank reads {args.out}, and it is not the same on all machines")
     images_a_step = args.batch_size * world
     total = math.ceil(args.epochs * len(pack.train) / images_a_step) * images_a_step
-    train_step = make_fast(model, args, rank, total - images)
+    train_step = make_fast(model, args, rank, (total - images) / world)
     stream = batches(pack, args, device, rank, world, images)
     keeper = Keeper(args, pack, model, step, images, total, ends) if rank == 0 else None
 

@@ -174,8 +174,8 @@ def gflop_per_image(args):
 def measure_step(seconds, price, trace, words):
     """Train with train.py's options `words` for so long, and keep nothing: a row in the write-up's form, with its header.
 
-    One wait for the device at each end, after ten steps for compiling and capturing. A profiler's trace, loader
-    included, goes to the folder `trace`, if one is named.
+    One wait for the device at each end, after ten steps for compiling and capturing. A profiler's trace of five steps
+    more, loader included, goes to the folder `trace`, if one is named.
     """
     args = train.parse_args(["--preset", "naive-64", *words])
     rank, local, world = (int(os.environ.get(name, default)) for name, default in
@@ -188,14 +188,17 @@ def measure_step(seconds, price, trace, words):
     for step in range(10):
         train_step(next(stream)[0], step)
     synchronize()
+    began, waited = time.perf_counter(), 0.0
+    while world > 1 and step % 10 or not agree(int(time.perf_counter() - began > seconds)):  # all ranks alike
+        frames, waiting = next(stream)
+        train_step(frames, step := step + 1)
+        waited += waiting
+    synchronize()
+    took = time.perf_counter() - began
     with torch.profiler.profile() if trace and rank == 0 else nullcontext() as profiler:
-        began, waited = time.perf_counter(), 0.0
-        while world > 1 and step % 10 or not agree(int(time.perf_counter() - began > seconds)):  # all ranks alike
-            frames, waiting = next(stream)
-            train_step(frames, step := step + 1)
-            waited += waiting
+        for more in range(5):
+            train_step(next(stream)[0], step + 1 + more)
         synchronize()
-        took = time.perf_counter() - began
     if profiler:
         torch.profiler.tensorboard_trace_handler(trace)(profiler)
     images_s = (step - 9) * args.batch_size * world / took
@@ -288,8 +291,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a quarter of the work")
     parser.add_argument("--pictures", type=float, metavar="MINUTES", help="compare pictures instead, after so many minutes each")
     parser.add_argument("--data", type=Path, help="real frames for --pictures: an MSLS tree")
-    parser.add_argument("--step", type=float, metavar="SECONDS", help="measure train.py's step alone; takes its options")
-    parser.add_argument("--price", type=float, help="dollars an hour, for --step")
+    parser.add_argument("--step", type=model.number(float, 0.1), metavar="SECONDS", help="measure train.py's step alone; takes its options")
+    parser.add_argument("--price", type=model.number(float, 0), help="dollars an hour, for --step")
     parser.add_argument("--trace", metavar="DIR", help="of --step, a torch.profiler trace for TensorBoard")
     args, words = parser.parse_known_args()
     if args.step:

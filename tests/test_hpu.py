@@ -338,6 +338,18 @@ def test_listed_ops_compute_as_listed_on_the_cpu_and_others_as_torch_has_it():
                                    "tensor(True)"], done.stderr
 
 
+@pytest.mark.skipif(not train.c_compiler(), reason="no C compiler")
+def test_a_compiled_network_obeys_the_lists_and_no_others(tmp_path):
+    """Nor those of a network that was compiled before, and is in the cache."""
+    code = ("import sys, torch, train; dtype = torch.bfloat16; lists = [[], []]; lists[int(sys.argv[1])].append('tanh')\n"
+            "train.patch_autocast(lists, 'cpu', dtype); net = torch.nn.Tanh(); net.compile(backend='inductor')\n"
+            "with torch.autocast('cpu', dtype): print(net(torch.randn(8)).dtype)")
+    for listed, dtype in ((0, "torch.bfloat16"), (1, "torch.float32")):
+        done = subprocess.run([sys.executable, "-c", code, str(listed)], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+        assert done.stdout.strip() == dtype, done.stderr
+
+
 # ---- where something is missing -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "interpolate.py"])

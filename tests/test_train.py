@@ -346,7 +346,8 @@ def test_a_kill_during_a_save_leaves_a_sound_checkpoint(tmp_path, request):
         if not (child := os.fork()):
             saver = train.Saver(tmp_path)
             for images in range(newest + 1, newest + 10_000):
-                saver.save(saved(images), wait=True)
+                saver.save(saved(images))
+                saver.job.result()
                 os.write(write, b".")
             os._exit(0)
         os.read(read, 1)  # it has saved once
@@ -404,12 +405,13 @@ def test_a_slow_disk_stalls_nothing(tmp_path, monkeypatch, capsys):
     saver.save(files)  # comes back while the disk has not taken a byte
     assert not list(tmp_path.glob("*.pt"))
     files["checkpoint.pt"]["G"]["w"].fill_(-1)  # training goes on in the same tensors
-    saver.save(saved(32))  # nor does the next one wait: it is left out
+    saver.save(saved(32), needed=False)  # nor does the next one wait: it is left out
     assert "still writing the last checkpoint" in capsys.readouterr().err
     written.set()
     saver.job.result()
     assert content(tmp_path / "checkpoint.pt")["G"]["w"].eq(16).all(), "it is the state as of the save"
-    saver.save(saved(48), wait=True)
+    saver.save(saved(48))
+    saver.job.result()
     assert content(tmp_path / "checkpoint.pt")["images"] == 48 and content(tmp_path / "checkpoint-previous.pt")["images"] == 16
 
 
