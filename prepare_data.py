@@ -11,7 +11,7 @@
 A pack is a folder with train.npy and holdout.npy, index.csv (split, row, city, sequence, key, source file),
 skipped.csv (source file, reason), preview.png (frames beside windows of them, as training sees them) and pack.json.
 Sequences stand in random order, the frames of each in theirs: any slice of a pack samples all its cities. For another
-kind of source write a function like demo_sequences, and call it in prepare.
+kind of source write a function like demo_sequences, call it in prepare, and let prepare's check pass it.
 MSLS: Warburg et al. 2020, Mapillary Street-Level Sequences, github.com/mapillary/mapillary_sls
 """
 import argparse
@@ -154,7 +154,7 @@ def read_member(archive, offset, packed, method, crc):
 
 class Frame(NamedTuple):
     number: int     # in its sequence
-    path: str       # in the tree
+    path: str       # in the tree, or any name for index.csv; number and path together are one frame's alone
     read: tuple     # (function, *arguments): called in a thread, it gives the file's bytes or a PIL image
 
 
@@ -317,7 +317,7 @@ HOURS = np.array([[*bytes.fromhex(hour)] for hour in (  # day, dusk, night: RGB 
 
 
 def demo_sequences(n, seed, image_size):
-    """What split_sequences needs, for n streets to be drawn, the cities in turn."""
+    """{(city, sequence): [Frame, …]}, as split_sequences takes it: n views to be drawn, the cities in turn."""
     sequences = defaultdict(list)
     for i in range(n):
         number, frame = divmod(i, DEMO_SEQUENCE)

@@ -57,9 +57,9 @@ import prepare_data
 
 DEMO = dict(epochs=1000, minutes=4.5, save_minutes=1)  # without --data: streets to see in five minutes on two CPU cores
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")  # what a step returns
+STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")  # of a step, in this order; logged are the last one's
 LAUNCH = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"  # of torchrun; the same after its restarts
-EMA = 0.995  # of the average of G that draws, a step: it forgets in some 200 steps
+EMA = 0.995  # what a step keeps of the average of G that draws: its memory is some 200 steps
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -217,8 +217,9 @@ class DCGAN:
     def step(self, frames):
         """uint8 frames (N, H, W, 3) → float32 (5,) on the device, as STATS names it: one update of D, then one of G.
 
-        For five of D, say, type five times the --batch-size and give each a fifth of the frames. A gradient penalty
-        takes a second derivative, which compiled networks have not: --no-compile.
+        To update D five times a step, multiply --batch-size by five and split frames into parts. A gradient penalty
+        needs second derivatives, which compiled networks do not have: --no-compile. Nothing here may call .item(): it
+        would wait for the device, and can't be captured.
         """
         args, G, D = self.args, self.G, self.D
         real = cut_windows(frames, args.image_size, args.mirror)
@@ -328,7 +329,8 @@ def set_up_device(args, local):
     """A namespace: what on_cuda, on_hpu or on_cpu says for process `local` of this machine, and type, precision, lists.
 
     type is 'cuda', 'hpu' or 'cpu'; precision 'fp32', 'bf16' or 'fp16'; lists the ops in low precision and those in
-    fp32, or None. Another device is another such function here, and one in model.py that says why it is not there.
+    fp32, or None. For another device: a function like on_cpu and its entry below, and in model.py one like why_no_hpu
+    with its entry in MISSING.
     """
     gaudi = args.device in ("auto", "hpu") and find_spec("habana_frameworks") is not None  # it may be
     lists = op_lists(args, gaudi)
@@ -358,7 +360,7 @@ def on_cuda(local):
         name=torch.cuda.get_device_name(),
         backend="nccl",
         auto_precision="bf16" if capability >= (8, 0) else "fp16",
-        layout=torch.channels_last,  # 1.1×
+        layout=torch.channels_last,  # as tensor cores want it
         AdamW=functools.partial(torch.optim.AdamW, fused=True, capturable=True),  # one kernel, that a graph may hold
         mark_step=lambda: None,
         graph=graphed,
@@ -413,8 +415,8 @@ def c_compiler():
 
 
 # Mixed precision, op by op. On hpu these lists replace the plugin's own; --bf16-ops and --fp32-ops change them.
-# Convolutions and what is element-wise are cheap and safe in bf16; batch norm's statistics want fp32's digits. Of the
-# rest a loss is made, and counts for one that you put inside autocast.
+# Convolutions, matrix products and activations are safe in bf16; batch norm's statistics want fp32's digits. The other
+# fp32 ops are those that losses are made of: they matter to a loss inside autocast, and step() has its own outside.
 BF16_OPS = "conv2d conv_transpose2d linear addmm mm bmm matmul relu leaky_relu tanh".split()
 FP32_OPS = "batch_norm binary_cross_entropy_with_logits sigmoid softplus mean sum div exp log pow rsqrt".split()
 NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}  # the plugin lowers their input alone
@@ -467,7 +469,7 @@ def give_to_plugin(lists):
 
 
 def patch_autocast(lists, device_type, dtype):
-    """On cuda and cpu: what autocast does for a listed op becomes cast_and_call. torch.compile traces through it.
+    """On all but hpu: what autocast does for a listed op becomes cast_and_call. torch.compile traces through it.
 
     A listed op costs one level of Python, and the others nothing.
     """
@@ -495,7 +497,7 @@ def cast_and_call(op, device_type, target, input_alone, *xs, **kwargs):
 def make_fast(model, args, rank, images_to_go):
     """train_step(frames, step) → statistics: model.step, compiled where that pays, and on CUDA as one graph.
 
-    Compiling takes a minute and saves a tenth: it pays from ten minutes on, twenty million images a device of naive-64.
+    By estimate compiling takes a minute and saves a tenth: it pays from ten minutes on, some 2e7 images of naive-64.
     What a step draws on the device is seeded by its number, so that a resumed run needs no other state.
     """
     device = model.device
@@ -660,7 +662,7 @@ class Keeper:
         left = max(0, self.total - images)
         seconds = max(0, min(left / rate, self.ends - time.monotonic()))
         epoch = min(args.epochs, math.ceil(images / len(self.pack.train)))
-        loss_D, loss_G, on_real, on_fake, on_fake_after = values
+        loss_D, loss_G, on_real, on_fake, on_fake_after = values[:5]  # what else STATS names is in TensorBoard alone
         line = (f"[{epoch}/{args.epochs}][{step}/{step + math.ceil(left / images_a_step)}] "
                 f"Loss_D {loss_D:.4f} Loss_G {loss_G:.4f} "
                 f"D(x) {on_real:.4f} D(G(z)) {on_fake:.4f} / {on_fake_after:.4f}  "
