@@ -1,12 +1,13 @@
 """Compiles the simulated card for the torch of this interpreter and says how to run a script on it.
 
     env = build()                                   # raises Unavailable, with the reason, where it can't
-    subprocess.run([sys.executable, "train.py", "--device", "hpu"], env={**os.environ, **env, "HPU_SIM_REPORT": "card.json"})
-    unsupported(json.load(open("card.json")))       # ops that were run and that Gaudi has no kernel for
+    env = {**os.environ, **env, "HPU_SIM_REPORT": "card.json"}
+    subprocess.run([sys.executable, "train.py", "--device", "hpu"], env=env)
+    unsupported(json.load(open("card.json")))       # calls that Gaudi has no kernel for, from the report's fallbacks
 
     python tests/hpu_sim/build.py                   # prints the environment, one NAME=value a line
 
-Compiled once (about 20 s) into the temporary folder; the name holds torch's version and a
+Compiled once (about 30 s) into the temporary folder; the name holds torch's version and a
 hash of the sources, so another torch or an edit builds anew and nothing lands in the checkout.
 """
 import hashlib
@@ -29,7 +30,8 @@ def build():
     """Returns the environment variables (a dict) under which `habana_frameworks` is the simulated card."""
     if not sys.platform.startswith("linux"):
         raise Unavailable("the simulated card needs Linux (LD_PRELOAD)")
-    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])), None)
+    names = [os.environ.get("CXX", "c++"), "g++", "clang++"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         raise Unavailable("no C++ compiler (c++, g++ or clang++) to build the simulated card with")
     import torch
@@ -54,11 +56,8 @@ def build():
 
 
 def unsupported(report):
-    """Ops of a report (the JSON that HPU_SIM_REPORT gives) that have no kernel on Gaudi: see supported_ops.txt."""
-    lines = (HERE / "supported_ops.txt").read_text().splitlines()
-    known = {line for line in lines if line and not line.startswith("#")}
-    base = lambda op: op.removeprefix("aten::").split(".")[0]  # noqa: E731
-    return [op for op in report["ops"] if op.startswith("aten::") and base(op) not in known and base(op).rstrip("_") not in known]
+    """Op and dtype of the calls that fell back to the CPU, from a report (the JSON that HPU_SIM_REPORT gives)."""
+    return sorted(report["fallbacks"])
 
 
 def _compile(compiler, out):

@@ -1,6 +1,7 @@
-// A Gaudi card played by the CPU. Every tensor really has device type `hpu`, so device mix-ups,
+// A simulated Gaudi card. Every tensor really has device type `hpu`, so device mix-ups,
 // op lists, syncs and checkpoints behave as they do on the card; the arithmetic is the CPU's,
-// on the same memory, so an fp32 run gives the CPU's numbers. Nothing here says how fast a card is.
+// on the same memory, so an fp32 run gives the CPU's numbers. Nothing here says how fast a card is;
+// the record counts what makes a card slow: new graphs, fall-backs to the CPU, waits and uploads.
 // Builds with torch 2.6 and later; no pybind, so it is loaded with torch.ops.load_library.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -23,9 +24,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <set>
@@ -36,50 +39,185 @@ using namespace at;
 static const Device kCard(DeviceType::HPU, 0);  // a process sees its one card as hpu:0, as on a real machine
 
 // ---- the record: what a test reads afterwards -------------------------------------------------
+static int64_t env_int(const char* name, int64_t otherwise) {
+  const char* value = std::getenv(name);
+  return value && *value ? std::atoll(value) : otherwise;
+}
+static constexpr size_t kMaxEvents = 20000;
+static constexpr uint64_t kEmptyHash = 14695981039346656037ull;
+
 static struct Record {
   std::mutex lock;  // backward runs in a thread of its own
+  bool lazy = false;
   std::set<std::string> ops;
-  std::map<std::string, int64_t> syncs;
+  std::map<std::string, int64_t> syncs, fallbacks, uploads{{"seed", 0}, {"step", 0}, {"tensor", 0}};
   std::vector<std::string> events;
   int64_t marks = 0, in_graph = 0, longest = 0;
+  // lazy mode: a graph is every op between two cuts; the card compiles each distinct graph once
+  uint64_t hash = kEmptyHash;
+  std::set<uint64_t> compiled;
+  std::vector<int64_t> new_graphs, graph_steps;
+  int64_t graphs_run = 0, optimizer_steps = 0;
+  std::ofstream dump;  // HPU_SIM_GRAPHS
+  std::string text;    // of the graph since the last cut, for the dump
 } record_;
-static constexpr size_t kMaxEvents = 20000;
 
 static void add_event(const std::string& e) { if (record_.events.size() < kMaxEvents) record_.events.push_back(e); }
-static void ran(const std::string& op) {
+static void cut(const std::string& by) {  // the caller holds the lock
+  auto& r = record_;
+  if (r.in_graph > 0 && r.lazy) {
+    if (r.compiled.insert(r.hash).second) {
+      r.new_graphs.push_back(r.graphs_run);
+      r.graph_steps.push_back(r.optimizer_steps);
+      if (r.dump.is_open())
+        r.dump << "graph " << r.compiled.size() << ": " << r.in_graph << " ops, run " << r.graphs_run << ", after " << r.optimizer_steps
+               << " optimizer steps, cut by " << by << "\n" << r.text << "\n" << std::flush;
+    }
+    ++r.graphs_run;
+  }
+  r.in_graph = 0;
+  r.hash = kEmptyHash;
+  r.text.clear();
+}
+static void ran(const std::string& op, const std::string& arguments) {
   std::lock_guard<std::mutex> hold(record_.lock);
   record_.ops.insert(op);
+  const std::string line = op + "(" + arguments + ")\n";
+  for (unsigned char c : line) record_.hash = (record_.hash ^ c) * 1099511628211ull;  // FNV-1a
+  if (record_.dump.is_open()) record_.text += "  " + line;
   record_.longest = std::max(record_.longest, ++record_.in_graph);
 }
-static void synced(std::string by) {  // the host waits for the card
+static void synced(std::string by) {  // the host waits for the card, which first runs what it was given
   std::lock_guard<std::mutex> hold(record_.lock);
   ++record_.syncs[by];
   add_event("sync:" + by);
+  cut(by);
 }
-static void event(std::string e) { std::lock_guard<std::mutex> hold(record_.lock); add_event(e); }
-static void mark(std::string by) {  // by: empty when the script cut the graph, else who did (the optimizer)
+static void fell_back(const std::string& op, const std::string& call) {  // an op without a kernel: its tensors go to the host and back
+  { std::lock_guard<std::mutex> hold(record_.lock); ++record_.fallbacks[call]; record_.ops.insert(op); }
+  const size_t name = call.find("::") + 2;
+  synced(call.substr(name, call.find(' ') - name));
+}
+static void uploaded(std::string what) {  // "tensor", "seed" of a random draw, "step" of FusedAdamW
+  std::lock_guard<std::mutex> hold(record_.lock);
+  ++record_.uploads[what];
+  add_event(what == "tensor" ? "copy_to_hpu" : "upload:" + what);
+}
+static void mark(std::string by) {  // by: empty when the script cut the graph, else who did (the optimizer, hccl)
   std::lock_guard<std::mutex> hold(record_.lock);
   if (by.empty()) ++record_.marks;
-  record_.in_graph = 0;
   add_event(by.empty() ? "mark" : "mark:" + by);
+  cut(by.empty() ? "mark_step" : by);
 }
 static std::string report() {
   std::lock_guard<std::mutex> hold(record_.lock);
   std::ostringstream out;
-  const char* comma = "";
-  auto list = [&](const auto& names) {
-    comma = "";
-    for (const auto& n : names) { out << comma << '"' << n << '"'; comma = ","; }
+  auto names = [&](const char* key, const auto& values) {
+    const char* comma = "";
+    out << ",\"" << key << "\":[";
+    for (const auto& v : values) { out << comma << '"' << v << '"'; comma = ","; }
+    out << "]";
   };
-  out << "{\"mark_steps\":" << record_.marks << ",\"longest_graph\":" << record_.longest << ",\"syncs_by_op\":{";
-  for (const auto& [op, n] : record_.syncs) { out << comma << '"' << op << "\":" << n; comma = ","; }
-  out << "},\"ops\":["; list(record_.ops);
-  out << "],\"events\":["; list(record_.events);
-  out << "]}";
+  auto numbers = [&](const char* key, const auto& values) {
+    const char* comma = "";
+    out << ",\"" << key << "\":[";
+    for (int64_t v : values) { out << comma << v; comma = ","; }
+    out << "]";
+  };
+  auto counts = [&](const char* key, const auto& values) {
+    const char* comma = "";
+    out << ",\"" << key << "\":{";
+    for (const auto& [name, n] : values) { out << comma << '"' << name << "\":" << n; comma = ","; }
+    out << "}";
+  };
+  const auto& r = record_;
+  out << "{\"mark_steps\":" << r.marks << ",\"longest_graph\":" << r.longest << ",\"graphs\":" << r.compiled.size()
+      << ",\"graphs_run\":" << r.graphs_run << ",\"optimizer_steps\":" << r.optimizer_steps;
+  numbers("new_graphs", r.new_graphs);
+  numbers("graph_steps", r.graph_steps);
+  counts("syncs_by_op", r.syncs);
+  counts("fallbacks", r.fallbacks);
+  counts("uploads", r.uploads);
+  names("ops", r.ops);
+  names("events", r.events);
+  out << "}";
   return out.str();
 }
 
+// What a graph is compiled for: of tensors all but the memory, and the value of everything else.
+static const char* name_of(ScalarType t) {
+  switch (t) {
+    case kByte: return "uint8"; case kChar: return "int8"; case kShort: return "int16"; case kInt: return "int32"; case kLong: return "int64";
+    case kHalf: return "float16"; case kBFloat16: return "bfloat16"; case kFloat: return "float32"; case kDouble: return "float64";
+    case kBool: return "bool"; default: return c10::toString(t);
+  }
+}
+struct Arguments {
+  std::string text;
+  Arguments& add(double v) { char s[40]; std::snprintf(s, sizeof s, "%.17g ", v); text += s; return *this; }
+  Arguments& add(int64_t v) { text += std::to_string(v) + " "; return *this; }
+  Arguments& add(bool v) { text += v ? "True " : "False "; return *this; }
+  Arguments& add(IntArrayRef list) {
+    text += "[";
+    for (int64_t v : list) add(v);
+    text += "] ";
+    return *this;
+  }
+  Arguments& add(const Tensor& t) {
+    if (!t.defined()) { text += "None "; return *this; }
+    if (t.device().is_cpu() && t.unsafeGetTensorImpl()->is_wrapped_number()) {  // a Python number: a constant
+      const Scalar v = t.item();
+      if (v.isComplex()) return add(v.toComplexDouble().real()).add(v.toComplexDouble().imag());
+      if (v.isBoolean()) return add(v.toBool());
+      return v.isIntegral(false) ? add(v.toLong()) : add(v.toDouble());
+    }
+    text += name_of(t.scalar_type());
+    if (t.device().is_cpu()) { text += "(uploaded) "; return *this; }  // its value is an input
+    add(t.sizes()).text += "strides ";
+    add(t.strides());
+    if (t.storage_offset() == 0) return *this;
+    text += "offset ";
+    return add(t.storage_offset());
+  }
+  Arguments& add(const IValue& v) {
+    if (v.isTensor()) return add(v.toTensor());
+    if (v.isDouble()) return add(v.toDouble());
+    if (v.isInt()) return add(v.toInt());  // dtypes and memory formats are numbers here
+    if (v.isBool()) return add(v.toBool());
+    if (v.isString()) { text += "'" + v.toStringRef() + "' "; return *this; }
+    if (v.isList()) {
+      text += "[";
+      for (const IValue& x : v.toListRef()) add(x);
+      text += "] ";
+      return *this;
+    }
+    if (!v.isDevice()) text += v.tagKind() + " ";  // None, Generator
+    return *this;
+  }
+};
+
+// Which op has a kernel for which dtype: supported_ops.txt, a line is "op" or "op -dtype -dtype".
+static std::map<std::string, std::set<std::string>> supported;
+static void read_supported(const std::vector<std::string>& lines) {
+  for (const auto& line : lines) {
+    std::istringstream words(line);
+    std::string op, but;
+    if (!(words >> op) || op[0] == '#') continue;
+    auto& not_for = supported[op];
+    while (words >> but) not_for.insert(but.substr(1));
+  }
+}
+
 // ---- memory, device guard, generator, hooks ---------------------------------------------------
+// A process takes a card when it first needs one. Other processes hold HPU_SIM_BUSY of the machine's HPU_SIM_CARDS.
+static int64_t cards() { return env_int("HPU_SIM_CARDS", 1); }
+static std::atomic<bool> acquired{false};
+static void acquire() {
+  if (acquired) return;
+  TORCH_CHECK(env_int("LOCAL_RANK", 0) < cards() - env_int("HPU_SIM_BUSY", 0), "synStatus=8 [Device not found] Device acquire failed.");
+  acquired = true;
+}
+
 static std::atomic<int64_t> bytes_now{0}, bytes_peak{0};
 struct CardAllocator final : c10::Allocator {
   struct Block { void* p; int64_t n; };
@@ -90,6 +228,7 @@ struct CardAllocator final : c10::Allocator {
     delete block;
   }
   c10::DataPtr allocate(size_t n) override {
+    acquire();
     if (n == 0) return {nullptr, kCard};
     void* p = nullptr;
     TORCH_CHECK(posix_memalign(&p, 64, n) == 0, "no memory left for the simulated card");  // 64: what the CPU's vector kernels get
@@ -120,7 +259,7 @@ struct PinnedAllocator final : c10::Allocator {  // plain memory that remembers 
 };
 static PinnedAllocator pinned_memory;
 
-template <DeviceType T, int COUNT>
+template <DeviceType T>
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return T; }
   Device exchangeDevice(Device) const override { return Device(T, 0); }
@@ -129,14 +268,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void uncheckedSetDevice(Device) const noexcept override {}
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, Device(T, 0)); }
   Stream exchangeStream(Stream s) const noexcept override { return s; }
-  DeviceIndex deviceCount() const noexcept override { return COUNT; }
+  DeviceIndex deviceCount() const noexcept override { return T == DeviceType::HPU && cards() > 0; }
   void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   void destroyEvent(void*, const DeviceIndex) const noexcept override {}
 };
-static Guard<DeviceType::HPU, 1> card_guard;
-static Guard<DeviceType::CUDA, 0> no_cuda_guard;
+static Guard<DeviceType::HPU> card_guard;
+static Guard<DeviceType::CUDA> no_cuda_guard;
 
 struct CardGenerator final : CPUGeneratorImpl {  // torch.Generator("hpu"): the CPU's numbers under the card's name
   explicit CardGenerator(uint64_t seed = default_rng_seed_val) : CPUGeneratorImpl(seed) { call_itself(kCard); }
@@ -147,9 +286,9 @@ struct CardHooks final : HPUHooksInterface {  // isBuilt and isAvailable overrid
   void init() const override {}
   bool hasHPU() const override { return true; }
   bool isBuilt() const { return true; }
-  bool isAvailable() const { return true; }
+  bool isAvailable() const { return cards() > 0; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex deviceCount() const override { return cards() > 0; }
   DeviceIndex getCurrentDevice() const override { return 0; }
   Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
   bool isPinnedPtr(const void* p) const override {
@@ -160,7 +299,13 @@ struct CardHooks final : HPUHooksInterface {  // isBuilt and isAvailable overrid
 };
 static CardHooks card_hooks;
 
-static int64_t plug_in() {  // called once, by habana_frameworks.torch.core
+static int64_t plug_in(bool lazy, std::vector<std::string> supported_ops) {  // called once, by habana_frameworks.torch.core
+  record_.lazy = lazy;
+  read_supported(supported_ops);
+  if (const char* path = std::getenv("HPU_SIM_GRAPHS")) {
+    const char* rank = std::getenv("RANK");
+    record_.dump.open(rank ? std::string(path) + "." + rank : path);
+  }
   c10::SetAllocator(DeviceType::HPU, &card_memory, 1);
   c10::impl::DeviceGuardImplRegistrar hpu(DeviceType::HPU, &card_guard);
   // A CUDA build's autograd engine asks CUDA's guard for its device count and streams: without a GPU, let it be none.
@@ -186,9 +331,24 @@ static Tensor on_card(const Tensor& t) {
   return out;
 }
 
-static const std::unordered_set<std::string> host_reads{  // the shape or the answer goes to the host
-    "aten::equal", "aten::nonzero", "aten::nonzero.out", "aten::masked_select", "aten::masked_select.out",
-    "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount"};
+// Records a call of an op, before it runs: part of a graph, or a fall-back to the host.
+static void record_call(const c10::OperatorHandle& op, const std::string& name, c10::ArrayRef<IValue> arguments) {
+  std::string base = op.operator_name().name, dtype;  // aten::add_ of aten::add_.Tensor
+  if (base.back() == '_') base.pop_back();
+  Arguments all;
+  std::function<void(const IValue&)> look = [&](const IValue& v) {
+    if (v.isList()) for (const IValue& x : v.toListRef()) look(x);
+    if (!v.isTensor() || !v.toTensor().defined()) return;
+    const Tensor& t = v.toTensor();
+    if (dtype.empty()) dtype = std::string(" ") + name_of(t.scalar_type());
+    if (t.device().is_cpu() && t.dim() == 0 && !t.unsafeGetTensorImpl()->is_wrapped_number()) uploaded("tensor");
+  };
+  for (const IValue& v : arguments) { look(v); all.add(v); }
+  if (!record_.lazy && op.hasTag(at::Tag::nondeterministic_seeded)) uploaded("seed");
+  const auto known = base.rfind("aten::", 0) == 0 ? supported.find(base.substr(6)) : supported.end();
+  if (known == supported.end() || (!dtype.empty() && known->second.count(dtype.substr(1)))) fell_back(name, base + dtype);
+  else ran(name, all.text);
+}
 
 // Every op without a kernel below: check devices as the card would, run the CPU's kernel on the same memory.
 static void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -197,8 +357,7 @@ static void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
   const size_t first = stack->size() - args.size();
   const auto& on = op.operator_name();
   const std::string name = on.overload_name.empty() ? on.name : on.name + "." + on.overload_name;
-  ran(name);
-  if (host_reads.count(name)) synced(name.substr(6));
+  record_call(op, name, c10::ArrayRef<IValue>(stack->data() + first, args.size()));
 
   auto check = [&](const Tensor& t) {
     TORCH_CHECK(!t.defined() || t.device() == kCard || (t.device().is_cpu() && t.dim() == 0),
@@ -277,9 +436,9 @@ static Tensor card_empty_strided(IntArrayRef size, IntArrayRef stride, std::opti
   return at::detail::empty_strided_generic(size, stride, &card_memory, DispatchKeySet(DispatchKey::HPU), c10::dtype_or_default(dtype));
 }
 static Tensor card_copy(const Tensor& src, const Tensor& dst, bool non_blocking) {
-  if (src.device() == dst.device()) ran("aten::_copy_from");
+  if (src.device() == dst.device()) ran("aten::_copy_from", Arguments().add(src).add(dst).text);
   else if (dst.device().is_cpu()) synced(non_blocking ? "copy_to_cpu_non_blocking" : "copy_to_cpu");
-  else event("copy_to_hpu");
+  else uploaded("tensor");
   on_cpu(dst).copy_(on_cpu(src));
   return dst;
 }
@@ -288,12 +447,20 @@ static Tensor card_copy_and_resize(const Tensor& src, const Tensor& dst) {
   return card_copy(src, dst, false);
 }
 static Tensor card_as_strided(const Tensor& t, IntArrayRef size, IntArrayRef stride, std::optional<int64_t> offset) {
-  ran("aten::as_strided");
+  ran("aten::as_strided", Arguments().add(t).add(size).add(stride).add(offset.value_or(t.storage_offset())).text);
   return at::native::as_strided_tensorimpl(t, size, stride, offset);
 }
 static Tensor card_unfold(const Tensor& t, int64_t dim, int64_t size, int64_t step) {
-  ran("aten::unfold");
+  ran("aten::unfold", Arguments().add(t).add(dim).add(size).add(step).text);
   return at::native::unfold(t, dim, size, step);
+}
+static Tensor card_view(const Tensor& t, IntArrayRef size) {
+  ran("aten::view", Arguments().add(t).add(size).text);
+  return at::native::view(t, size);
+}
+static Tensor card_reshape_alias(const Tensor& t, IntArrayRef size, IntArrayRef stride) {
+  ran("aten::_reshape_alias", Arguments().add(t).add(size).add(stride).text);
+  return at::native::_reshape_alias(t, size, stride);
 }
 static Tensor& card_set(Tensor& t, Storage s, int64_t offset, IntArrayRef size, IntArrayRef stride) {
   return at::cpu::set_(t, s, offset, size, stride);
@@ -310,7 +477,8 @@ static void check_same(const Tensor& a, const Tensor& b, const char* what) {
 }
 static Tensor card_conv(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, IntArrayRef stride, IntArrayRef pad,
                         IntArrayRef dil, bool transposed, IntArrayRef out_pad, int64_t groups) {
-  ran("aten::convolution_overrideable");
+  ran("aten::convolution_overrideable", Arguments().add(x).add(w).add(b.value_or(Tensor())).add(stride).add(pad).add(dil)
+                                            .add(transposed).add(out_pad).add(groups).text);
   check_same(x, w, "weight");
   const bool has_bias = b && b->defined();
   if (has_bias) check_same(x, *b, "bias");
@@ -319,7 +487,10 @@ static Tensor card_conv(const Tensor& x, const Tensor& w, const std::optional<Te
 }
 static std::tuple<Tensor, Tensor, Tensor> card_conv_backward(const Tensor& g, const Tensor& x, const Tensor& w, IntArrayRef stride,
     IntArrayRef pad, IntArrayRef dil, bool transposed, IntArrayRef out_pad, int64_t groups, std::array<bool, 3> mask) {
-  ran("aten::convolution_backward_overrideable");
+  Arguments all;
+  all.add(g).add(x).add(w).add(stride).add(pad).add(dil).add(transposed).add(out_pad).add(groups);
+  for (bool m : mask) all.add(m);
+  ran("aten::convolution_backward_overrideable", all.text);
   const std::vector<int64_t> bias_size{transposed ? w.size(1) * groups : w.size(0)};
   auto [gx, gw, gb] = at::convolution_backward(on_cpu(g), on_cpu(x), on_cpu(w), at::OptionalIntArrayRef(bias_size),
                                                stride, pad, dil, transposed, out_pad, groups, mask);
@@ -334,8 +505,8 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
   m.impl("_copy_from_and_resize", &card_copy_and_resize);
   m.impl("as_strided", &card_as_strided);
   m.impl("unfold", &card_unfold);
-  m.impl("view", &at::native::view);
-  m.impl("_reshape_alias", &at::native::_reshape_alias);
+  m.impl("view", &card_view);
+  m.impl("_reshape_alias", &card_reshape_alias);
   m.impl("resize_", &at::native::resize_);
   m.impl("set_.source_Storage_storage_offset", &card_set);
   m.impl("set_.source_Storage", &card_set_whole);
@@ -416,10 +587,18 @@ TORCH_LIBRARY_IMPL(aten, AutocastHPU, m) {
 
 // ---- what the Python side calls -----------------------------------------------------------------
 TORCH_LIBRARY(hpu_sim, m) {
-  m.def("plug_in() -> int", &plug_in);
-  m.def("ran(str op) -> ()", [](std::string op) { ran(op); });
+  m.def("plug_in(bool lazy, str[] supported_ops) -> int", &plug_in);
+  m.def("acquire() -> ()", [] { acquire(); });
+  m.def("acquired() -> bool", [] { return acquired.load(); });
+  m.def("ran(str op, Tensor[] tensors, str constants) -> ()", [](std::string op, std::vector<Tensor> tensors, std::string constants) {
+    Arguments all;
+    for (const Tensor& t : tensors) all.add(t);
+    ran(op, all.text + constants);
+  });
   m.def("mark(str by) -> ()", &mark);
-  m.def("synced(str by) -> ()", &synced);
+  m.def("synced(str by) -> ()", [](std::string by) { acquire(); synced(by); });
+  m.def("uploaded(str what) -> ()", &uploaded);
+  m.def("optimizer_step() -> ()", [] { std::lock_guard<std::mutex> hold(record_.lock); ++record_.optimizer_steps; });
   m.def("report() -> str", &report);
   m.def("memory() -> int[]", [] { return std::vector<int64_t>{bytes_now, bytes_peak}; });
   m.def("reset_peak() -> ()", [] { bytes_peak = bytes_now.load(); });

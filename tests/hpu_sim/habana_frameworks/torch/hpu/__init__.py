@@ -3,8 +3,17 @@ import os
 
 import torch
 
-from habana_frameworks.torch.hpu import random
-from habana_frameworks.torch.hpu.random import get_rng_state, initial_seed, manual_seed, manual_seed_all, seed, set_rng_state  # noqa: F401
+from habana_frameworks.torch.hpu import random  # noqa: F401
+from habana_frameworks.torch.hpu.random import (  # noqa: F401
+    get_rng_state,
+    initial_seed,
+    manual_seed,
+    manual_seed_all,
+    seed,
+    set_rng_state,
+)
+
+LIMIT = 32 << 30  # bytes: a first-generation card
 
 
 def is_available():
@@ -12,7 +21,7 @@ def is_available():
 
 
 def device_count():
-    """Cards in the machine. A process sees the one it acquired as hpu:0, whatever its rank."""
+    """Cards in the machine, busy or not. A process sees the one it acquired as hpu:0, whatever its rank."""
     return int(os.environ.get("HPU_SIM_CARDS", "1"))
 
 
@@ -38,6 +47,7 @@ class device:  # with torch.hpu.device(...)
 
 
 def get_device_name(device=None):
+    torch.ops.hpu_sim.acquire()
     return "GAUDI (simulated)"
 
 
@@ -45,12 +55,23 @@ def synchronize(device=None):
     torch.ops.hpu_sim.synced("synchronize")
 
 
+def _memory():
+    """(bytes in use, the most at once)."""
+    torch.ops.hpu_sim.acquire()
+    return torch.ops.hpu_sim.memory()
+
+
 def memory_allocated(device=None):
-    return torch.ops.hpu_sim.memory()[0]
+    return _memory()[0]
 
 
 def max_memory_allocated(device=None):
-    return torch.ops.hpu_sim.memory()[1]
+    return _memory()[1]
+
+
+def mem_get_info(device=None):
+    """(free bytes, bytes in all)."""
+    return LIMIT - _memory()[0], LIMIT
 
 
 def reset_peak_memory_stats(device=None):
@@ -58,12 +79,12 @@ def reset_peak_memory_stats(device=None):
 
 
 def memory_stats(device=None):
-    now, peak = torch.ops.hpu_sim.memory()
-    return {"InUse": now, "MaxInUse": peak, "Limit": 32 << 30}  # 32 GiB: a first-generation card
+    now, peak = _memory()
+    return {"InUse": now, "MaxInUse": peak, "Limit": LIMIT}
 
 
 def is_initialized():
-    return True
+    return torch.ops.hpu_sim.acquired()
 
 
 def init():

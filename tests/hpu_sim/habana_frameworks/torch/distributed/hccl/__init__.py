@@ -1,4 +1,4 @@
-"""Registers the backend `hccl`. Gloo plays it, on the memory of the card's tensors, which it alone takes."""
+"""Registers the backend `hccl`, which takes card tensors only. Gloo does the work, on the same memory."""
 import os
 
 import torch
@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future
 from torch.futures import Future
 
-import habana_frameworks.torch.core  # noqa: F401
+from habana_frameworks.torch import core as htcore
 
 
 def _on_cpu(tensors):
@@ -18,10 +18,21 @@ def _on_cpu(tensors):
     return torch.ops.hpu_sim.on_cpu(tensors)
 
 
+def _flat(tensors):
+    """The tensors of nested lists, in order."""
+    if isinstance(tensors, torch.Tensor):
+        return [tensors]
+    return [t for part in tensors for t in _flat(part)] if isinstance(tensors, (list, tuple)) else []
+
+
 def _collective(name, has_result=True):
-    """A method of the process group that runs gloo's and waits; the first argument is what comes out."""
+    """A method of the process group that runs gloo's and waits; the first argument is what comes out.
+
+    As in the plugin's lazy mode, the collective is an op of the graph, and waiting for it cuts the graph.
+    """
     def method(self, *args, **kw):
-        torch.ops.hpu_sim.ran(f"hccl::{name}")
+        torch.ops.hpu_sim.ran(f"hccl::{name}", _flat(args), "")
+        htcore._mark_step_if_lazy("hccl")
         args = list(args)
         out = args[0] if has_result else []
         for i, a in enumerate(args):
@@ -41,8 +52,9 @@ class ProcessGroupHccl(dist.ProcessGroup):
 
     _device_types = property(lambda self: [torch.device("hpu")])  # where torch puts pickled objects to send them
 
-    for _n in ("allreduce allreduce_coalesced broadcast reduce allgather _allgather_base gather reduce_scatter _reduce_scatter_base "
-               "scatter alltoall alltoall_base send recv all_gather_single reduce_scatter_single all_to_all_single").split():
+    for _n in ("allreduce allreduce_coalesced broadcast reduce allgather _allgather_base gather reduce_scatter "
+               "_reduce_scatter_base scatter alltoall alltoall_base send recv "
+               "all_gather_single reduce_scatter_single all_to_all_single").split():
         if hasattr(dist.ProcessGroupGloo, _n):  # the last three are newer torch's
             locals()[_n] = _collective(_n)
     barrier = _collective("barrier", has_result=False)
@@ -56,8 +68,8 @@ class ProcessGroupHccl(dist.ProcessGroup):
 
 if not hasattr(dist.Backend, "HCCL"):
     dist.Backend.register_backend("hccl", ProcessGroupHccl, devices=["hpu"])
-    # Newer torch (2.15) attaches a flight recorder, by the group's name, where a backend does not record itself; a group that is
-    # written in Python has no name. Gloo, which plays this one, records itself.
+    # Newer torch (2.15) attaches a flight recorder, by the group's name, where a backend does not record itself.
+    # A group that is written in Python has no name. Gloo, which does the work here, records itself.
     getattr(dist.distributed_c10d, "_FR_SELF_RECORDING_BACKENDS", set()).add("hccl")
 
 

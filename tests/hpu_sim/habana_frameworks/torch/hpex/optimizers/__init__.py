@@ -1,9 +1,11 @@
-"""FusedAdamW by the plugin's rules, which are not torch's in four places:
+"""FusedAdamW by the plugin's rules. They differ from torch's:
 
-- eps is 1e-6 by default, and stands beside sqrt(v) without bias correction: torch's eps is sqrt(1 - b2^t) times as large
+- eps is 1e-6 by default and is added to sqrt(v) without bias correction: torch's eps is sqrt(1 - b2^t) times as large
 - the count of steps is param_groups[i]["step"]; state[p]["step"] is there too and stays 0
 - a group without "bias_correction" (one that came from torch's AdamW) is corrected
 - in lazy mode it cuts the graph itself, before each group and after the last
+- the step size (learning rate and bias correction) is uploaded, so it never makes a new graph
+- 1 - weight_decay * lr is a constant of the lazy graph: with weight decay, a new learning rate makes a new graph
 """
 import math
 
@@ -16,7 +18,8 @@ class FusedAdamW(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, bias_correction=True):
         if lr < 0 or eps < 0 or not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
             raise ValueError(f"Invalid lr {lr}, betas {betas} or eps {eps}")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                                      bias_correction=bias_correction))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -30,18 +33,26 @@ class FusedAdamW(torch.optim.Optimizer):
             (b1, b2), lr = group["betas"], group["lr"]
             if group.get("bias_correction", group.get("correct_bias", True)):
                 lr = lr * math.sqrt(1 - b2 ** group["step"]) / (1 - b1 ** group["step"])
-            torch.ops.hpu_sim.ran("hpu::optimizer_adamw")  # one fused op, so its arithmetic is not on record
+            torch.ops.hpu_sim.uploaded("step")
+            decay, rows = 1 - group["weight_decay"] * group["lr"], []
             for p in params:
                 state = self.state[p]
                 if not state:
                     state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                 tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
                 if any(t.device.type != "hpu" for t in tensors):
+                    devices = [str(t.device) for t in tensors]
                     raise NotImplementedError("Could not run 'hpu::optimizer_adamw' with tensors that are not on hpu: "
-                                              f"parameter, gradient and moments are on {[str(t.device) for t in tensors]}")
-                w, g, m, v = map(torch.ops.hpu_sim.on_cpu, tensors)
+                                              f"parameter, gradient and moments are on {devices}")
+                rows.append(tensors)
+            # One fused op: the record does not show the arithmetic below.
+            constants = f"{b1} {b2} {group['eps']} {decay}"
+            torch.ops.hpu_sim.ran("hpu::optimizer_adamw", [t for row in rows for t in row], constants)
+            for row in rows:
+                w, g, m, v = map(torch.ops.hpu_sim.on_cpu, row)
                 m.mul_(b1).add_(g, alpha=1 - b1)
                 v.mul_(b2).addcmul_(g, g, value=1 - b2)
-                w.mul_(1 - group["weight_decay"] * group["lr"]).addcdiv_(m, v.sqrt().add_(group["eps"]), value=-lr)
+                w.mul_(decay).addcdiv_(m, v.sqrt().add_(group["eps"]), value=-lr)
         htcore._mark_step_if_lazy("FusedAdamW")
+        torch.ops.hpu_sim.optimizer_step()
         return loss
