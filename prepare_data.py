@@ -1,18 +1,14 @@
-"""Turn street images into a pack: the arrays of small frames that train.py reads.
+"""Turn street images into a pack: arrays of small frames that train.py reads.
 
-    python prepare_data.py /data/msls packs/msls                 # MSLS, extracted or as a folder with its archives
-    python prepare_data.py /data/msls packs/eu --cities paris,london,zurich --exclude night,sideways
-    python prepare_data.py holiday-photos packs/photos --image-size 128 --limit 10000    # any images will do
-    python prepare_data.py --demo 2880 packs/demo-64             # draws its own streets
+    python prepare_data.py /data/msls packs/msls          # MSLS: the extracted tree, or the folder with its archives
+    python prepare_data.py /data/msls packs/eu --cities paris,london,zurich --exclude panorama,night
+    python prepare_data.py holiday-photos packs/photos --image-size 128 --limit 10000     # any folder of images
+    python prepare_data.py --demo 2880 packs/demo-64      # streets that this script draws
 
-    from prepare_data import open_pack
-    pack = open_pack("packs/msls")                               # pack.train, pack.holdout: uint8 (N, H, W, 3)
-
-A pack is a folder with train.npy and holdout.npy, index.csv (split, row, city, sequence, key, source file),
-skipped.csv (source file, reason), preview.png (frames beside windows of them, as training sees them) and pack.json.
-Sequences stand in random order, the frames of each in theirs: any slice of a pack samples all its cities. For another
-kind of source write a function like demo_sequences, call it in prepare, and let prepare's check pass it.
-MSLS: Warburg et al. 2020, Mapillary Street-Level Sequences, github.com/mapillary/mapillary_sls
+A pack is a folder with train.npy and holdout.npy (the frames: uint8, N x H x W x 3), index.csv (one row per frame),
+skipped.csv (the reason for everything left out), preview.png (frames beside random windows of them, as training sees
+them) and pack.json. Sequences are in random order, so any part of a pack samples all cities. No sequence is split.
+MSLS: Warburg et al. 2020, Mapillary Street-Level Sequences, https://github.com/mapillary/mapillary_sls
 """
 import argparse
 import csv
@@ -29,282 +25,230 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
-
-from model import InputError, Parser, cut_windows, number, run
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 
-FORMAT = 1  # of the pack; raised when its files change their meaning
+from model import InputError, cut_windows, run_script
+
+FORMAT = 1  # version of the pack's files
 SPLITS = ("train", "holdout")
-FILES = ("train.npy", "holdout.npy", "index.csv", "skipped.csv", "preview.png")
-TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # of tables: names of files may be no text
+TEXT = dict(newline="", encoding="utf-8", errors="surrogateescape")  # for CSV files: file names can be any bytes
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a .jpg may be an EPS inside, which is a program
-MOST = 64 * 2 ** 20  # bytes of a file and pixels of an image: what a thread takes into memory
+DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # PIL would run Ghostscript on an EPS file named .jpg
 
-# Images and tables of MSLS: from train_val or test on, or from the city on where it lies alone.
+# Paths of MSLS's images and tables. The group starts at train_val or test, or at the city if that is missing.
 MSLS = re.compile(r"(?:^|/)((?:(?:train_val|test)/)?[^/]+/(?:query|database)/(?:images/[^/]+|[a-z_]+\.csv))$")
-# What --exclude goes by: a column of its tables, and what stands there for such a frame.
+# Choices of --exclude: a column of MSLS's tables, and its value (in lower case) for such an image.
 FLAGS = {"panorama": ("pano", "true"), "night": ("night", "true"), "control_panel": ("control_panel", "true"),
          "sideways": ("view_direction", "sideways")}
 COLUMNS = {"sequence_key", "sequence_id", "frame_number", *(column for column, _ in FLAGS.values())}
+# number: position in the sequence. read(): the bytes of an image file, or a PIL image.
+Frame = namedtuple("Frame", "city sequence number path read")
 
 
 def frame_size(image_size):
-    """(H, W) in pixels of the frames kept for training images of S×S: 5/4·S and 4/3·H, to the nearest even number."""
+    """(H, W) in pixels of the frames for training images of S×S: H = 5/4·S, W = 4/3·H rounded to even."""
     H = image_size * 5 // 4
     return H, round(H * 2 / 3) * 2
 
 
-# ---- what is there: paths in the tree, each with what reads it ----------------------------------------------------
+# ---- from archives and folders to frames in an order ----------------------------------------------------------------
 
-def list_files(sources, skip):
-    """{path in the tree: (function, *arguments)} of all images and tables; function(*arguments) gives the bytes.
+def list_files(sources, skipped):
+    """{path: read} of all images and tables in folders and .zip archives; read() returns the bytes of a file.
 
-    `sources` are folders and .zip files; skip((path, reason)) hears of what can't be read. Paths begin as MSLS's do,
-    so that its parts are laid over each other, and those of other images with the name of their source. Of files with
-    the same path the last wins, and a patch, which has "patch" in the name of its folder or archive, over others.
+    MSLS paths start at train_val or test, so its parts merge into one tree. Other paths start with the source's name.
+    Of files with the same path the last one is used, and those of MSLS's patch are last.
     """
     found, files = [], {}
-    for source in map(os.path.abspath, sources):
-        top = len(os.path.join(os.path.dirname(source), ""))
-        for full, read in list_folder(source, skip) if os.path.isdir(source) else list_archive(source, skip):
-            full = full.replace(os.sep, "/")
+    for source in sources:
+        parent = len(os.path.join(os.path.dirname(source), ""))
+        for full, read in list_folder(source, skipped) if os.path.isdir(source) else list_archive(source, skipped):
             if full.lower().endswith((*IMAGES, ".csv")):
                 msls = MSLS.search(full)
-                patch = bool(msls) and "patch" in full[:msls.start(1)].lower()
-                found.append((patch, msls[1] if msls else full[top:], read))
+                patches = full[:msls.start(1)].lower().count("patch") if msls else 0
+                found.append((patches, msls[1] if msls else full[parent:], read))
     for _, path, read in sorted(found, key=lambda file: file[0]):
         if path in files:
-            skip((path, "replaced by another file of the same path"))
+            skipped.append((path, "replaced by another file with the same path"))
         files[path] = read
     return files
 
 
-def list_folder(folder, skip):
-    """Yield (path, (read_file, …)) of each file in a folder and below, and what list_archive does of its archives."""
-    seen = set()
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: skip((e.filename, describe(e)))):
+def list_folder(folder, skipped):
+    """Yield (path, read) of each file below a folder, and of each file in its archives."""
+    def note(error):
+        skipped.append((error.filename, f"unreadable folder: {error.strerror}"))
+
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=note):
         folders.sort()
-        if (place := os.path.realpath(here)) in seen or "pack.json" in names:  # a link back; a pack is no source
-            folders.clear()
-            continue
-        seen.add(place)
-        if len(names) >= 1000:
-            print(f"{here}: {len(names):,} files", flush=True)
-        for name in sorted(names):
-            full = os.path.join(here, name)
-            if name.lower().endswith(".zip"):
-                yield from list_archive(full, skip)
+        names = [] if "pack.json" in names else sorted(names)  # a pack is not a source of images
+        for path in (os.path.join(here, name) for name in names):
+            if path.lower().endswith(".zip"):
+                yield from list_archive(path, skipped)
             else:
-                yield full, (read_file, full)
+                yield path, Path(path).read_bytes
 
 
-def list_archive(archive, skip):
-    """Yield (path, (read_member, …)) of each file in a .zip, as if it lay in a folder of the archive's name."""
-    print(archive, end=": ", flush=True)
+def list_archive(archive, skipped):
+    """Yield (path, read) of each file in a .zip archive, as if the archive were a folder."""
     try:
         with zipfile.ZipFile(archive) as zipped:
             entries = zipped.infolist()
-    except Exception as error:  # a damaged directory makes zipfile raise many things
-        print(f"can't be read, all that is in it is left out ({describe(error)})", flush=True)
-        skip((os.path.basename(archive), f"archive can't be read ({describe(error)})"))
+    except Exception as error:  # a damaged directory makes zipfile raise almost anything
+        print(f"{archive} cannot be read: its images are left out ({error})", flush=True)
+        skipped.append((os.path.basename(archive), f"unreadable archive: {error}"))
         return
-    print(f"{len(entries):,} files", flush=True)
+    print(f"{archive}: {len(entries):,} files", flush=True)
     for entry in entries:
-        read = (read_member, archive, entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC)
-        yield f"{os.path.splitext(archive)[0]}/{entry.filename}", read
+        details = entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC
+        yield f"{os.path.splitext(archive)[0]}/{entry.filename}", partial(read_entry, archive, *details)
 
 
-def read_file(path):
-    """The bytes of a file. Raises OSError, or ValueError for a pipe, which would keep it waiting, and for a giant."""
-    if not os.path.isfile(path) or os.path.getsize(path) > MOST:
-        raise ValueError(f"not a file of {MOST >> 20} MB at most")
-    return Path(path).read_bytes()
-
-
-def read_member(archive, offset, packed, method, crc):
-    """The bytes of an archive's entry, from what its directory says of it. Raises ValueError for damage and giants.
-
-    Without zipfile, which has one thread read at a time, and through a buffer: 1 MiB on some network disks.
-    """
-    if packed > MOST:
-        raise ValueError(f"more than {MOST >> 20} MB")
+def read_entry(archive, offset, size, method, crc):
+    """The bytes of one entry of a .zip archive. zipfile has a lock that lets only one thread read at a time."""
     with open(archive, "rb", buffering=0) as file:
-        file.seek(offset + 26)
-        file.seek(int(np.frombuffer(file.read(4), "<u2").sum()), os.SEEK_CUR)  # past the name and an extra field
-        data = file.read(packed)
+        file.seek(offset + 26)  # here are the lengths of two fields (a name and others) that precede the data
+        file.seek(int(np.frombuffer(file.read(4), "<u2").sum()), os.SEEK_CUR)
+        data = file.read(size)
     if method == zipfile.ZIP_DEFLATED:
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MOST)  # of a bomb no more, with a wrong checksum
+        data = zlib.decompress(data, -zlib.MAX_WBITS)
     if zlib.crc32(data) != crc:
-        raise ValueError("damaged in the archive (checksum)")
+        raise ValueError("it is damaged in the archive, encrypted, or compressed in an unknown way")
     return data
 
 
-# ---- which frames, in which order ---------------------------------------------------------------------------------
-
-class Frame(NamedTuple):
-    number: int     # in its sequence
-    path: str       # in the tree, or any name for index.csv; number and path together are one frame's alone
-    read: tuple     # (function, *arguments): called in a thread, it gives the file's bytes or a PIL image
-
-
-def read_tables(files, folder, skip):
-    """{key: {column: value}}: what MSLS's tables in a folder say of its images."""
+def read_tables(files, folder, skipped):
+    """{key: {column: value}}: what MSLS's tables in a folder say about its images."""
     rows = defaultdict(dict)
-    for path in (f"{folder}/{table}.csv" for table in ("seq_info", "raw", "postprocessed")):
-        if path in files:
-            read, *arguments = files[path]
-            try:
-                table = csv.reader(io.TextIOWrapper(io.BytesIO(read(*arguments)), "utf-8-sig", "replace", newline=""))
-                head = next(table, [])
-                key, columns = head.index("key"), [(name, head.index(name)) for name in COLUMNS.intersection(head)]
-                for row in filter(None, table):
-                    rows[row[key]].update([(name, sys.intern(row[column])) for name, column in columns])
-            except (OSError, ValueError, IndexError, csv.Error, zlib.error) as error:
-                skip((path, f"table can't be read ({describe(error)})"))
+    for table in ("seq_info", "raw", "postprocessed"):
+        path = f"{folder}/{table}.csv"
+        try:
+            text = files[path]().decode("utf-8-sig", errors="replace") if path in files else ""
+            for row in csv.DictReader(io.StringIO(text, newline="")):
+                rows[row["key"]].update({column: row[column] for column in COLUMNS if row.get(column)})
+        except Exception as error:  # a damaged archive, an unreadable file, no column "key", a NUL, …
+            skipped.append((path, f"unreadable table: {error!r}"))
     return rows
 
 
-def find_sequences(files, cities, exclude, skip):
-    """{(city, sequence): [Frame, …]} of all that the filters let through, from list_files's files.
+def find_frames(files, cities, exclude, skipped):
+    """[Frame, …] of the images that pass the filters. An image that is not in seq_info.csv is a sequence of its own.
 
-    The city is the folder above query or database, or in other trees the one below the source. An image without a
-    sequence in seq_info.csv is one by itself. Prints what is missing, and what follows from it.
+    The city is the folder above query or database, or in other trees the first folder below the source.
     """
-    folders, sequences, found = defaultdict(list), defaultdict(list), set()
-    listed, missing, untold = Counter(), Counter(), Counter()
+    folders, frames = defaultdict(list), []
+    found, listed, missing, alone = set(), Counter(), Counter(), 0
     for path in files:
         if not path.lower().endswith(".csv"):
             folders[os.path.dirname(path)].append(path)
         elif MSLS.match(path):
-            folders.setdefault(f"{os.path.dirname(path)}/images", [])  # perhaps none of them is there
+            folders[f"{os.path.dirname(path)}/images"] += []  # all of its images may be missing
+
     for folder, paths in progress(sorted(folders.items()), len(folders), "folders"):
-        home = os.path.dirname(folder)
         parts = folder.split("/")
         city = parts[-3] if MSLS.match(f"{folder}/x") else parts[min(1, len(parts) - 1)]
-        if paths:
-            found.add(city)
+        found.add(city)
         if cities and city.lower() not in cities:
             continue
-        rows = read_tables(files, home, skip)
+        rows = read_tables(files, os.path.dirname(folder), skipped)
         listed[city] += len(rows)
         for path in sorted(paths):
             row = rows.pop(os.path.splitext(os.path.basename(path))[0], {})
-            untold.update(flag for flag in exclude if FLAGS[flag][0] not in row)
-            marks = [flag for flag in exclude if row.get(FLAGS[flag][0], "").lower() == FLAGS[flag][1]]
-            if marks:
-                skip((path, marks[0]))
+            flags = [flag for flag in exclude if row.get(FLAGS[flag][0], "").lower() == FLAGS[flag][1]]
+            if flags:
+                skipped.append((path, flags[0]))
                 continue
             sequence = row.get("sequence_key") or row.get("sequence_id")
-            untold["sequence"] += not sequence
-            place = int(re.match("[0-9]{0,18}", row.get("frame_number", ""))[0] or 0)  # of "12.0", 12
-            sequences[city, sequence or path].append(Frame(place, path, files[path]))
+            alone += not sequence
+            digits = re.match("[0-9]{0,18}", row.get("frame_number", ""))[0]  # "12.0" is 12
+            frames.append(Frame(city, sequence or path, int(digits or 0), path, files[path]))
         missing[city] += len(rows)
+
     if unknown := set(cities) - {city.lower() for city in found}:
-        raise InputError(f"--cities: no {', '.join(sorted(unknown))}; there are {', '.join(sorted(found)) or 'none'}")
-    for city in +missing:
-        print(f"{city}: {missing[city]:,} of {listed[city]:,} images listed are not there (a volume missing?)")
-    if n := untold.pop("sequence", 0):
-        print(f"no seq_info.csv tells the sequences of {n:,} images: near-duplicates stay, and neighbours can be in "
-              f"both splits{' (add msls_metadata.zip)' * any(map(MSLS.match, files))}")
-    for flag, n in untold.items():
-        print(f"no table tells of {n:,} images whether they are {flag}: they stay")
-    return sequences
+        raise InputError(f"--cities: no {', '.join(sorted(unknown))} among {', '.join(sorted(found)) or 'no cities'}")
+    for city, n in (+missing).items():
+        print(f"{city}: {n:,} of {listed[city]:,} listed images are missing (is a volume missing or damaged?)")
+    if alone:
+        print(f"{alone:,} images have no sequence (for MSLS, add msls_metadata.zip): panoramas and near-duplicates "
+              "stay, and neighbours can be in both splits")
+    return frames
 
 
-def chance(*words):
-    """A number in [0, 1) that the words decide, the same on every machine."""
+def hash_fraction(*words):
+    """A hash of the words as a number in [0, 1), the same on every machine."""
     digest = blake2b("/".join(map(str, words)).encode("utf-8", "surrogateescape"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2 ** 48
 
 
-def split_sequences(sequences, holdout, seed):
-    """[(split, city, sequence, frames), …] in the pack's order. A sequence is held out of every pack or none."""
-    held = {key for key in sequences if chance("holdout", *key) < holdout}
-    if held and len(held) == len(sequences):
-        print("too few sequences to hold any out: all frames are for training")
-        held = set()
-    order = sorted(sequences, key=lambda key: (chance("order", seed, *key), key))
-    return [("holdout" if key in held else "train", *key, sorted(sequences[key])) for key in order]
+def split_frames(frames, holdout, seed):
+    """[(split, Frame), …] in the pack's order. A sequence is held out of every pack or of none."""
+    sequences = {frame[:2] for frame in frames}  # (city, sequence)
+    held_out = {key for key in sequences if hash_fraction("holdout", *key) < holdout}
+    if held_out == sequences:
+        print("there are too few sequences to hold any out: all frames are for training")
+        held_out = set()
+    order = {key: hash_fraction("order", seed, *key) for key in sequences}
+    frames = sorted(frames, key=lambda frame: (order[frame[:2]], frame[:4]))
+    return [("holdout" if frame[:2] in held_out else "train", frame) for frame in frames]
 
 
-# ---- from a file to a frame ---------------------------------------------------------------------------------------
-
-def describe(error):
-    """An exception as a reason for skipped.csv, the same in every run (PIL would print an address)."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
+# ---- from a file to a frame -----------------------------------------------------------------------------------------
 
 def decode(picture, H, W):
-    """The bytes of an image file, or a PIL image → RGB PIL image of W×H pixels that the original covers, its middle.
-
-    JPEGs are decoded at 1/2, 1/4 or 1/8 where that is enough. Upright as EXIF says; 16 bits become 8; transparent is
-    white. Raises whatever PIL raises.
-    """
+    """The bytes of an image file, or a PIL image → RGB PIL image, W×H: rotated as EXIF says, scaled, centre-cropped."""
     if isinstance(picture, bytes):
         picture = Image.open(io.BytesIO(picture), formats=DECODERS)
-    if min(picture.size) < 16:
-        raise ValueError("a side of less than 16 pixels")  # an icon, no street
-    picture.draft(None, (W, W))  # not (W, H): EXIF may turn it
+    if min(picture.size) < 16 or picture.mode.startswith(("I", "F")):  # PIL clips 16 bits to 8
+        raise ValueError(f"{picture.width}×{picture.height} pixels of mode {picture.mode} are no photograph")
+    picture.draft(None, (W, W))  # decodes a JPEG at 1/2, 1/4 or 1/8; not (W, H) because EXIF can rotate it
     ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode.startswith("I"):  # PIL would clip them to 255
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    return ImageOps.fit(picture.convert("RGB"), (W, H), Image.Resampling.HAMMING)  # sharp as bicubic in 2/3 the time
+    return ImageOps.fit(picture.convert("RGB"), (W, H), Image.Resampling.HAMMING)  # 2/3 of bicubic's time, as sharp
 
 
 def difference_hash(picture):
-    """A 64-bit int that hardly changes with noise or light: is each of 8×8 cells brighter than its left neighbour?"""
+    """A 64-bit int that changes little with noise and light: is each of 8×8 cells brighter than its left neighbour?"""
     cells = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX))
     return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big")
 
 
 def decode_frame(item, H, W):
-    """(…, Frame) → (item, hash, uint8 (H, W, 3)), or (item, reason, None) for what is no image."""
-    function, *arguments = item[-1].read
+    """(split, Frame) → (item, hash, uint8 (H, W, 3)), or (item, reason, None) if the image cannot be decoded."""
     try:
-        picture = decode(function(*arguments), H, W)
+        picture = decode(item[1].read(), H, W)
         return item, difference_hash(picture), np.asarray(picture)
-    except Exception as error:  # decoders of foreign bytes raise anything; it is this one file's trouble
-        return item, describe(error), None
+    except Exception as error:  # damaged bytes make decoders raise almost anything; " <" starts a memory address
+        return item, f"unreadable image: {type(error).__name__}: {error}".partition(" <")[0], None
 
 
 def decode_all(items, H, W, workers):
-    """Yield what decode_frame gives for each of an iterator, in order.
-
-    In threads, which decode on several cores: PIL lets go of Python's lock for seven eighths of the time. A bounded
-    number of images is under way, so that memory stays flat however many there are.
-    """
-    warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF and palettes
-    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-    Image.MAX_IMAGE_PIXELS = MOST  # read off the header, before anything is decoded
-    threads = ThreadPoolExecutor(workers)
-    under_way = deque(threads.submit(decode_frame, item, H, W) for item in islice(items, 16 * workers))
-    while under_way:
-        yield under_way.popleft().result()
-        under_way.extend(threads.submit(decode_frame, item, H, W) for item in islice(items, 1))
+    """Yield decode_frame's results in order, from threads: PIL releases the GIL for 7/8 of the time."""
+    warnings.filterwarnings("ignore", module="PIL")  # odd EXIF data and palettes
+    pending = deque()
+    with ThreadPoolExecutor(workers) as threads:
+        for item in items:
+            pending.append(threads.submit(decode_frame, item, H, W))
+            if len(pending) == 8 * workers:  # more would only take memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 # ---- drawn streets --------------------------------------------------------------------------------------------------
 
-DEMO_STREETS = 2880  # that find_pack draws when there is no data
-DEMO_SEQUENCE = 12  # frames of one street, 7 m apart
-
-# Shapes are few, large and smooth: a small GAN learns them in minutes.
-CITIES = {  # RGB in hexadecimal; metres: a wall's height (least, most), a roof's, a tree's height, radius and stretch
+DEMO_STREETS = 2880  # frames that find_pack draws when there is no data
+# Shapes are few, large and smooth: a small GAN learns them in minutes. Colours are RGB in hexadecimal. Lengths are in
+# metres: least and greatest height of walls, height of roofs, height, radius and vertical stretch of trees.
+CITIES = {
     "Brickton": dict(walls="b8543e c46a4a a84a38", tall=(7, 10), roof=3, ground="b4aaa2", tree=None),
     "Gardenia": dict(walls="f6ecd4 e8ecec f4dcbc", tall=(4, 5), roof=3, ground="7cb850", tree=(3.8, 2.2, 1)),
     "Palmera": dict(walls="fff4e4 ffd0c4 f8e4b8", tall=(7, 10), roof=0, ground="e8d8ac", tree=(6.5, 2.5, 0.5)),
@@ -312,23 +256,25 @@ CITIES = {  # RGB in hexadecimal; metres: a wall's height (least, most), a roof'
     "Sandville": dict(walls="e8bc84 c48c5c f6deb0", tall=(4, 7), roof=0, ground="ecd098", tree=(5.5, 2.5, 0.5)),
     "Towerby": dict(walls="7890b4 8ca0b8 6880a4", tall=(18, 30), roof=0, ground="a0a4ac", tree=None),
 }
-HOURS = np.array([[*bytes.fromhex(hour)] for hour in (  # day, dusk, night: RGB of the sky's top, its edge, the light
-    "4c94ec d8f0fc f4f0ec", "7c58a8 ffb468 b87c78", "182460 5c68ac 4c5284")]).reshape(3, 3, 3)
+HOURS = np.array([[(76, 148, 236), (216, 240, 252), (244, 240, 236)],   # day: RGB of the sky, the horizon, the light
+                  [(124, 88, 168), (255, 180, 104), (184, 124, 120)],   # dusk
+                  [(24, 36, 96), (92, 104, 172), (76, 82, 132)]])       # night
 
 
-def demo_sequences(n, seed, image_size):
-    """{(city, sequence): [Frame, …]}, as split_sequences takes it: n views to be drawn, the cities in turn."""
-    sequences = defaultdict(list)
+def demo_frames(n, seed, image_size):
+    """[Frame, …]: n frames to be drawn, with the cities in turn."""
+    frames = []
     for i in range(n):
-        number, frame = divmod(i, DEMO_SEQUENCE)
-        city, key = list(CITIES)[number % len(CITIES)], f"{number:05d}"
-        path = f"demo/{city}/{key}/{frame:02d}"
-        sequences[city, key].append(Frame(frame, path, (draw_street, path, seed, city, number, frame, image_size)))
-    return sequences
+        street, number = divmod(i, 12)  # frames are 7 m apart
+        city, sequence = list(CITIES)[street % len(CITIES)], f"{street:05d}"
+        path = f"demo/{city}/{sequence}/{number:02d}"
+        draw = partial(draw_street, path, seed, city, street, number, image_size)
+        frames.append(Frame(city, sequence, number, path, draw))
+    return frames
 
 
 def draw_street(path, seed, city, sequence, frame, image_size):
-    """A PIL image of four times the pack's frame size: the view down a street from `frame` × 7 m along it."""
+    """A PIL image of four times the pack's frame size: the view down a street, from `frame` × 7 m along it."""
     rng, look = random.Random(f"{seed}/{city}/{sequence}"), CITIES[city]
     height, width = (4 * side for side in frame_size(image_size))
     middle, horizon, focal = width / 2, height * 0.54, width * 0.62
@@ -337,9 +283,9 @@ def draw_street(path, seed, city, sequence, frame, image_size):
 
     def paint(colour, z, shade=1.0):
         haze, rgb = 1 - math.exp(-z / 150), bytes.fromhex(colour)
-        return tuple(int(c * l * shade / 255 * (1 - haze) + e * haze) for c, l, e in zip(rgb, light, edge))
+        return tuple(int(own * lit * shade / 255 * (1 - haze) + sky * haze) for own, lit, sky in zip(rgb, light, edge))
 
-    def shape(colour, *corners):  # metres: x right of the middle, y up from the road, z ahead
+    def shape(colour, *corners):  # (x, y, z) in metres: x right of the middle, y above the road, z ahead
         canvas.polygon([(middle + focal * x / z, horizon + focal * (1.8 - y) / z) for x, y, z in corners], colour)
 
     def upright(colour, x0, z0, x1, z1, low, high):
@@ -354,9 +300,9 @@ def draw_street(path, seed, city, sequence, frame, image_size):
     canvas = ImageDraw.Draw(image)
     disc("#ffeca8" if hour < 1.2 else "#ccd0e4", sun, 3 + 24 * abs(1 - hour), 60, 5)
     canvas.rectangle((0, horizon, width, height), paint(look["ground"], 8))
-    for half, colour in ((4.5, "5c5e66"), (0.15, "a09e98")):  # the road, its middle line
+    for half, colour in ((4.5, "5c5e66"), (0.15, "a09e98")):  # the road and its middle line
         shape(paint(colour, 8), (-half, 0, 1), (half, 0, 1), (0, 0, 400))
-    for far in range(168 - 7 * frame, 9, -12):  # a house of 12 m and a tree on either side
+    for far in range(168 - 7 * frame, 9, -12):  # a house of 12 m and a tree on each side, from far to near
         for side in (-1, 1):
             wall, tall, shine = rng.choice(look["walls"].split()), street * rng.uniform(0.9, 1.1), rng.random()
             x, z, shade = 8 * side, max(1, far - 12), 1 if side * sun < 0 else 0.75
@@ -373,45 +319,47 @@ def draw_street(path, seed, city, sequence, frame, image_size):
     return image
 
 
-# ---- writing the pack ---------------------------------------------------------------------------------------------
+# ---- packs ----------------------------------------------------------------------------------------------------------
 
 def progress(items, total, what):
-    """Yield from items, and say how far it is: in one line, renewed, on a terminal, else every ten seconds."""
-    terminal, began, said = sys.stdout.isatty(), time.monotonic(), time.monotonic()
+    """Yield from items and print the progress: on one line of a terminal, or else every ten seconds."""
+    terminal, began, printed = sys.stdout.isatty(), time.monotonic(), time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if done == total or now - said > (0.2 if terminal else 10):
-            said, rate = now, done / (now - began)
+        if done == total or now - printed > (0.2 if terminal else 10):
+            printed, rate = now, done / (now - began)
             line = f"{done:,} of {total:,} {what}  {rate:,.0f} {what}/s  {(total - done) / rate:,.0f} s left"
             print(f"\r{line:<78}" if terminal else line, end="" if terminal and done < total else "\n", flush=True)
 
 
-def write_frames(folder, plan, total, args, skip):
-    """Write train.npy, holdout.npy and index.csv from split_sequences's plan; returns {split: {city: images}}."""
+def write_frames(folder, plan, args, skipped):
+    """Write train.npy, holdout.npy and index.csv from split_frames's plan. Returns {split: {city: images}}."""
     (H, W), rows, counts = frame_size(args.image_size), Counter(), {split: Counter() for split in SPLITS}
-    items = ((split, city, sequence, frame) for split, city, sequence, frames in plan for frame in frames)
-    results, kept, street = decode_all(items, H, W, args.workers), None, None
-    with open(folder / "train.npy", "wb") as train, open(folder / "holdout.npy", "wb") as holdout, \
-            open(folder / "index.csv", "w", **TEXT) as index:
-        files, index = dict(train=train, holdout=holdout), csv.writer(index)
+    last_sequence, last_hash = None, None  # of the last image kept
+    with (open(folder / "train.npy", "wb") as train, open(folder / "holdout.npy", "wb") as holdout,
+          open(folder / "index.csv", "w", **TEXT) as table):
+        files, index = dict(train=train, holdout=holdout), csv.writer(table)
         index.writerow(("split", "row", "city", "sequence", "key", "source file"))
         for file in files.values():
-            file.seek(128)  # the length of NumPy's header, which is written once the number of frames is known
-        for (split, city, sequence, frame), outcome, pixels in progress(results, total, "images"):
+            file.seek(128)  # NumPy's header is written last, when the number of frames is known
+
+        for (split, frame), outcome, pixels in progress(decode_all(plan, H, W, args.workers), len(plan), "images"):
             if pixels is None:
-                skip((frame.path, outcome))
-            elif args.duplicates and street == (city, sequence) and (outcome ^ kept).bit_count() <= args.duplicates:
-                skip((frame.path, "near-duplicate"))
-            else:
-                street, kept = (city, sequence), outcome
-                key = os.path.splitext(os.path.basename(frame.path))[0]
-                index.writerow((split, rows[split], city, sequence, key, frame.path))
-                files[split].write(pixels)
-                rows[split] += 1
-                counts[split][city] += 1
-                if rows.total() == args.limit:
-                    break
+                skipped.append((frame.path, outcome))
+                continue
+            if args.duplicates and frame[:2] == last_sequence and (outcome ^ last_hash).bit_count() <= args.duplicates:
+                skipped.append((frame.path, "near-duplicate"))
+                continue
+            last_sequence, last_hash = frame[:2], outcome
+            key = os.path.splitext(os.path.basename(frame.path))[0]
+            index.writerow((split, rows[split], frame.city, frame.sequence, key, frame.path))
+            files[split].write(pixels)
+            rows[split] += 1
+            counts[split][frame.city] += 1
+            if rows.total() == args.limit:
+                break
+
         for split, file in files.items():
             file.seek(0)
             header = dict(descr="|u1", fortran_order=False, shape=(rows[split], H, W, 3))
@@ -420,170 +368,138 @@ def write_frames(folder, plan, total, args, skip):
 
 
 def draw_preview(folder, image_size, seed):
-    """preview.png: sixteen frames of train.npy, and beside each four windows of it as training cuts them."""
-    frames, gap = np.load(folder / "train.npy", mmap_mode="r"), image_size // 8
-    frames = torch.from_numpy(frames[np.linspace(0, len(frames) - 1, 16, dtype=int)])
-    torch.manual_seed(seed)
-    columns = [frames.permute(0, 3, 1, 2) / 127.5 - 1, *(cut_windows(frames, image_size) for _ in range(4))]
-    columns = [F.pad(images, (gap, 0, gap, frames.shape[1] - images.shape[2]), value=1) for images in columns]
-    rows = torch.cat(columns, dim=3).unflatten(0, (8, 2))  # 8 of them, 2 frames with their windows each, 3 × h × w
-    sheet = ((rows + 1) * 127.5).byte().permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    Image.fromarray(sheet.numpy()).save(folder / "preview.png")
+    """Write preview.png: 8 frames of train.npy, and beside each of them six windows of it, as training cuts them."""
+    frames = np.load(folder / "train.npy", mmap_mode="r")
+    frames = torch.from_numpy(frames[np.linspace(0, len(frames) - 1, 8, dtype=int)])  # (8, H, W, 3)
+    generator = torch.Generator().manual_seed(seed)
+    windows = [cut_windows(frames, image_size, generator=generator) for _ in range(6)]
+    columns = [frames.permute(0, 3, 1, 2) / 127.5 - 1, *windows]  # each (8, 3, h, w) in [-1, 1]
+    columns = [F.pad(images, (0, 8, 0, frames.shape[1] + 8 - images.shape[2]), value=1) for images in columns]
+    sheet = torch.cat(columns, dim=3).permute(0, 2, 3, 1).flatten(0, 1)  # rows of 8 pictures below each other
+    Image.fromarray(((sheet + 1) * 127.5).byte().numpy()).save(folder / "preview.png")
 
 
 def prepare(args):
-    """Write the pack args.out, from args.sources or as args.demo drawn streets, and print what is in it.
-
-    Either the whole pack is there in the end, or nothing. Raises InputError, or OSError where a disk is at fault.
-    """
-    if os.path.lexists(args.out):
-        raise InputError(f"{args.out} is there already: name another OUT, or remove it")
+    """Write the pack args.out: it is complete, or it does not exist. Raises InputError or OSError."""
+    if args.out.exists():
+        raise InputError(f"{args.out} exists already: choose another OUT, or delete it")
     for source in args.sources:
-        if not source.is_dir() and not zipfile.is_zipfile(source):
-            what = "neither a folder nor a .zip archive" if source.exists() else "no such folder or archive"
-            raise InputError(f"{what}: {source}")
-    arguments = {name: value for name, value in vars(args).items() if name not in ("paths", "out", "workers")}
-    arguments["sources"] = [str(source.resolve()) for source in args.sources]
-    arguments["contents"] = list_contents(arguments["sources"])  # before they are read: a download may be going on
+        if not os.path.isdir(source) and not zipfile.is_zipfile(source):
+            raise InputError(f"no folder or complete .zip archive {source}: name the folder that contains the images")
     skipped = []
     if args.demo:
-        sequences = demo_sequences(args.demo, args.seed, args.image_size)
+        frames = demo_frames(args.demo, args.seed, args.image_size)
     else:
-        files = list_files(args.sources, skipped.append)
-        sequences = find_sequences(files, args.cities, args.exclude, skipped.append)
-    plan = split_sequences(sequences, args.holdout, args.seed)
-    total = sum(len(frames) for *_, frames in plan)
+        frames = find_frames(list_files(args.sources, skipped), args.cities, args.exclude, skipped)
+    plan = split_frames(frames, args.holdout, args.seed)
 
     H, W = frame_size(args.image_size)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    each, free = H * W * 3 + 300, shutil.disk_usage(args.out.parent).free  # bytes; 300 in the tables
-    needs = each * min(total, args.limit or total)
-    print(f"{total:,} images: {needs / 1e9:,.2f} GB at most, {free / 1e9:,.2f} GB free", flush=True)
-    if needs > free and (args.limit or 0) < total:  # how many near-duplicates there are, nobody knows yet
-        raise InputError(f"{needs / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB free: prepare_data.py --limit "
-                         f"{free // each} fits, --limit {total} takes the chance that near-duplicates save enough")
+    parent = next(folder for folder in args.out.absolute().parents if folder.exists())
+    each, free = H * W * 3 + 300, shutil.disk_usage(parent).free  # bytes; 300 for rows of the tables
+    needed = each * min(len(plan), args.limit or len(plan))
+    print(f"{len(plan):,} images: at most {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free", flush=True)
+    if needed > free:
+        raise InputError(f"the pack needs {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free in {parent}: "
+                         f"free some space, or use --limit {free // each}")
 
-    with tempfile.TemporaryDirectory(prefix=f"{args.out.name}.tmp-", dir=args.out.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f"{args.out.name}.tmp-", dir=parent) as temporary:
         folder = Path(temporary, "pack")
         folder.mkdir()
-        counts = write_frames(folder, plan, total, args, skipped.append)
-        reasons = dict(Counter(reason.partition(" (")[0] for _, reason in skipped).most_common())
+        counts = write_frames(folder, plan, args, skipped)
+        reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
+        left_out = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items()) or "nothing"
         if not counts["train"]:
-            raise InputError(f"no image to train on in {' '.join(map(str, args.sources))}: "
-                             f"{', '.join(list(reasons)[:3]) or 'too few are there, or none'}")
+            raise InputError(f"no images to train on (left out: {left_out}): name a folder of .jpg or .png files")
         with open(folder / "skipped.csv", "w", **TEXT) as file:
             csv.writer(file).writerows([("source file", "reason"), *skipped])
         draw_preview(folder, args.image_size, args.seed)
-        info = dict(format=FORMAT, image_size=args.image_size, H=H, W=W, counts=counts, skipped=reasons,
-                    arguments=arguments, files={name: (folder / name).stat().st_size for name in FILES})
-        (folder / "pack.json").write_text(json.dumps(info, indent=1) + "\n")
-        os.rename(folder, args.out)
-    print_tables(counts, reasons)
-    print(f"the pack is {args.out}; train on it with: python train.py --data {args.out}")
+        arguments = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
+        info = dict(image_size=args.image_size, H=H, W=W, counts=counts, skipped=reasons, arguments=arguments)
+        (folder / "pack.json").write_text(json.dumps(dict(format=FORMAT, **info), indent=1) + "\n")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(args.out)
 
-
-def print_tables(counts, reasons):
-    """Images per city with their share, for each split, and what was left out."""
     for split, cities in counts.items():
-        total = sum(cities.values())
-        print(f"\n{split:<20}   share     images")
-        for city, n in (*cities.items(), ("total", total)):
-            print(f"{city:<20}  {n / max(total, 1):6.1%}  {n:9,}")
-    print("\nleft out: " + (", ".join(f"{reason} {n:,}" for reason, n in reasons.items()) or "nothing"))
+        print(f"{split}: {sum(cities.values()):,} images", *(f"{n:12,} {city}" for city, n in cities.items()), sep="\n")
+    print(f"left out: {left_out}\nthe pack is {args.out}; train on it with: python train.py --data {args.out}")
 
-
-# ---- reading a pack -----------------------------------------------------------------------------------------------
 
 class Pack(NamedTuple):
     folder: Path
-    image_size: int      # S, of the training images
+    image_size: int      # S, the side of the training images
     train: np.ndarray    # memory-mapped uint8 (N, *frame_size(S), 3), read-only
-    holdout: np.ndarray  # likewise; N may be 0
+    holdout: np.ndarray  # likewise; N can be 0
     info: dict           # pack.json
 
 
 def open_pack(folder):
-    """The Pack in a folder. Raises InputError if it is none, or not what its pack.json says."""
+    """The Pack in a folder. Raises InputError if there is none, or if its arrays are not what pack.json says."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"no such folder: {folder}")
     try:
         info = json.loads((folder / "pack.json").read_bytes())
         arrays = [np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS]
         shapes = [(sum(info["counts"][split].values()), *frame_size(info["image_size"]), 3) for split in SPLITS]
-        sizes = {name: (folder / name).stat().st_size for name in FILES}
-        if (info["format"], info["files"], shapes) != (FORMAT, sizes, [array.shape for array in arrays]):
-            raise ValueError("its files are not what its pack.json says")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{folder} is no pack, or damaged ({describe(error)}): prepare_data.py makes packs") from None
+        if info["format"] != FORMAT or shapes != [array.shape for array in arrays]:
+            raise ValueError("its arrays are not what its pack.json says")
+    except Exception as error:  # damaged files raise almost anything
+        raise InputError(f"{folder} is not a pack or is damaged ({error}): prepare_data.py makes packs") from error
     return Pack(folder, info["image_size"], *arrays, info)
 
 
-def list_contents(sources):
-    """{path: bytes or seconds}: the sizes of archives in sources, and when MSLS's folders of images last changed.
-
-    By which find_pack sees that they are not what they were, and need not list 1.6 million files on a network disk.
-    """
-    depths = ("*.zip", "*/*.zip", "*/images", "*/*/images", "*/*/*/images")
-    paths = [path for source in map(Path, sources) for depth in depths for path in (source, *source.glob(depth))]
-    return {str(path): path.stat().st_size if path.is_file() else int(path.stat().st_mtime)
-            for path in paths if path.is_file() or path.name == "images"}
-
-
 def find_pack(data, image_size, out="packs"):
-    """The Path of a pack of `data`, which is prepared first, once, as <out>/<its name>-<image_size>, if it is none.
-
-    `data`: a pack, what SOURCE may be on the command line, or None for drawn streets. Raises InputError.
-    """
-    if data is not None and Path(data, "pack.json").exists():
+    """The Path of a pack of `data`: a pack, images, or None for drawn streets. Images are prepared once, in `out`."""
+    if data and Path(data, "pack.json").exists():
         return Path(data)
-    sources = [] if data is None else [str(Path(data).resolve())]
-    pack = Path(out, f"{Path(sources[0]).name.removesuffix('.zip') if sources else 'demo'}-{image_size}")
-    if pack.exists():
-        made, contents = open_pack(pack).info["arguments"], list_contents(sources)
-        if (made["sources"], made.get("contents", contents)) != (sources, contents):
-            raise InputError(f"{pack} is there already, but not of what {data} holds now: remove it, and it will be "
-                             f"made again, or train on it as it is, with --data {pack}")
-        return pack
-    print(f"preparing {pack} from {data or 'drawn streets'}", flush=True)
-    prepare(parse_args([*(sources or ["--demo", str(DEMO_STREETS)]), str(pack), "--image-size", str(image_size)]))
+    sources, what = [str(Path(data).resolve())] if data else [], data or "drawn streets"
+    pack = Path(out, f"{Path(sources[0]).name.removesuffix('.zip') if data else 'demo'}-{image_size}")
+    if not pack.exists():
+        print(f"preparing {pack} from {what}", flush=True)
+        prepare(parse_args([*(sources or ["--demo", str(DEMO_STREETS)]), str(pack), "--image-size", str(image_size)]))
+    elif open_pack(pack).info.get("arguments", {}).get("sources") != sources:
+        raise InputError(f"{pack} was not made from {what}: delete it, or train on it with --data {pack}")
+    else:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime((pack / "pack.json").stat().st_mtime))
+        print(f"using {pack}, made on {made}. Delete it to make a new one.", flush=True)
     return pack
 
 
-# ---- the command line ---------------------------------------------------------------------------------------------
+# ---- the command line -----------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = dict(type=lambda text: re.findall("[^,]+", text.lower()), metavar="A,B")
     add = parser.add_argument
-    names = dict(type=lambda text: re.findall("[^,]+", text.lower()), action="extend", default=[], metavar="A,B")
-    add("paths", nargs="+", type=Path, metavar="SOURCE… OUT", help="folders or .zip files; last, the pack to make")
-    add("--image-size", type=int, choices=(32, 64, 128, 256), default=64, help="to train on (default: 64)")
-    add("--cities", **names, help="these alone, named as their folders")
-    add("--holdout", type=number(float, 0, 0.9), default=0.25, help="share of sequences not trained on (0.25)")
-    add("--limit", type=number(int, 1, 10 ** 9), help="images in the pack at most: a fair sample of the cities")
-    add("--duplicates", type=number(int, 0, 64), default=4, metavar="BITS",
-        help="leave out a frame whose 64-bit hash differs by no more from the one kept before it in its sequence: "
-             "4 is standing still, 0 leaves out none (default: 4)")
-    add("--exclude", **names, help="leave out frames that MSLS marks so: night, control_panel, sideways")
-    add("--panoramas", action="store_true", help="take panoramas too")
-    add("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="threads (default: one a core)")
-    add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of sequences' order and drawn streets (default: 0)")
-    add("--demo", type=number(int, 1, 10 ** 7), metavar="N", help="draw N streets; there is no SOURCE then")
+    add("sources", nargs="*", type=os.path.abspath, metavar="SOURCE", help="folder or .zip archive with images")
+    add("out", type=Path, metavar="OUT", help="folder of the new pack")
+    add("--image-size", type=int, choices=(32, 64, 128, 256), default=64, help="side of a training image (default: 64)")
+    add("--cities", **names, default=[], help="use only the cities in these folders (default: all)")
+    add("--exclude", **names, default=["panorama"],
+        help=f'leave out images that MSLS marks as {", ".join(FLAGS)}; "" leaves out none (default: panorama)')
+    add("--holdout", type=float, default=0.25, metavar="P", help="share of sequences held out (default: 0.25)")
+    add("--limit", type=int, metavar="N", help="stop at N images, a random sample of the sequences (default: all)")
+    add("--duplicates", type=int, default=4, metavar="BITS",
+        help="leave out an image if its 64-bit hash is within BITS bits of the last one; 0 keeps all (default: 4)")
+    add("--seed", type=int, default=0, metavar="N", help="for the order of sequences and drawn streets (default: 0)")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads (default: one per core)")
+    add("--demo", type=int, metavar="N", help="draw N frames of streets, without SOURCE (default: off)")
     args = parser.parse_intermixed_args(argv)
-    *args.sources, args.out = args.paths
-    if unknown := set(args.exclude) - set(FLAGS):
-        raise InputError(f"argument --exclude: no {', '.join(sorted(unknown))}; there are {', '.join(FLAGS)}")
-    if not args.panoramas:
-        args.exclude = [*args.exclude, "panorama"]
-    if bool(args.demo) == bool(args.sources):
-        raise InputError("give SOURCE and OUT, as in: prepare_data.py photos packs/x, or --demo 96 packs/demo")
+
+    ranges = dict(holdout=(0, 0.9), limit=(1, 1e9), duplicates=(0, 64), seed=(0, 1e9), workers=(1, 1000), demo=(1, 1e7))
+    for name, (least, most) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name} {value}: choose from {least} to {most:g}")
+    if not set(args.exclude) <= set(FLAGS):
+        parser.error(f"--exclude {','.join(args.exclude)}: choose from {', '.join(FLAGS)}")
+    if (args.demo is None) == (not args.sources):
+        parser.error("give SOURCE and OUT, as in: prepare_data.py photos packs/photos, or --demo 96 packs/demo")
     return args
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of folders may be bytes that are no text
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names can be any bytes
     prepare(parse_args())
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -3,11 +3,11 @@ import os
 import pytest
 from helpers import TINY, run
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small only wait for each other's threads: 10× on busy cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost such small networks more than they gain
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="the fault tests in their long form: hundreds of kills, a quarter of an hour")
+    parser.addoption("--long", action="store_true", help="the fault tests with hundreds of kills: a quarter of an hour")
 
 
 @pytest.fixture(scope="session")

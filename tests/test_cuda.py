@@ -1,11 +1,11 @@
-"""What `--device cuda` decides and how it replays a step, on a GPU that is played by the CPU."""
-import gc
+"""--device cuda and --graph without a GPU: the step on fake CUDA tensors, and the graph on a stand-in.
+
+FakeTensorMode computes nothing. It checks devices, dtypes and shapes of every op. The autograd engine needs a driver,
+so zero gradients replace backward(). tests/test_gpu.py runs the real thing where there is a GPU.
+"""
 import inspect
-import shutil
 import sys
 import weakref
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, TINY
@@ -13,69 +13,133 @@ from helpers import ROOT, TINY
 sys.path.insert(0, str(ROOT))
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model
 import train
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+def set_up(monkeypatch, *words, capability=(9, 0)):
+    """The arguments, and what set_up_device makes of a GPU with this compute capability."""
+    args = train.parse_args(["--device", "cuda", *words])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        for name in ("benchmark", "allow_tf32"):  # set_up_device changes them
+            patch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+        return args, train.set_up_device(args)
 
 
-# ---- a step as one graph --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("capability, words, precision", [
+    ((7, 0), [], "fp16"), ((8, 0), ["--graph"], "bf16"), ((9, 0), ["--precision", "fp32"], "fp32")])
+def test_a_gpu_gets_its_fastest_safe_precision_and_capturable_adam_only_for_a_graph(
+        capability, words, precision, monkeypatch):
+    args, device = set_up(monkeypatch, *words, capability=capability)
+    assert (device.kind, device.backend, device.precision) == ("cuda", "nccl", precision)
+    assert device.adam == {"fused": True, "capturable": args.graph}
 
-class Graph:
-    """Plays torch.cuda.CUDAGraph: replay() runs the recorded ops again, on the same memory."""
 
-    def __init__(self):
-        self.ops, self.replays = [], 0
+# ---- the step on fake CUDA tensors ----------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def replay(self):
-        self.replays += 1
-        for op, args, kwargs, outs in self.ops:
-            for out, new in zip(outs, tree_leaves(op(*args, **kwargs))):
-                if isinstance(new, torch.Tensor) and storage(new) != storage(out):  # else it is in place, or a view
-                    out.copy_(new)
+@pytest.fixture
+def fake(monkeypatch):
+    """A function: words of the command line → (a DCGAN, frames) of fake CUDA tensors."""
+    if not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+        pytest.skip("fake CUDA tensors of this torch need a driver")
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)  # G and G_ema share it
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda net, kind, memory_format: net)  # it cannot move fake weights
+    monkeypatch.setattr(train, "latents", lambda seeds, nz, latent: torch.zeros(len(seeds), nz))  # takes seconds
 
+    def make(*words):
+        args, device = set_up(monkeypatch, "--batch-size", "4", *words)
+        with torch.device("cuda"):
+            dcgan = train.DCGAN(args, device)
+
+        def backward(loss):
+            for weight in (*dcgan.G.parameters(), *dcgan.D.parameters()):
+                weight.grad = torch.zeros_like(weight) if weight.requires_grad else weight.grad
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        height = args.image_size * 5 // 4
+        return dcgan, torch.zeros(4, height, height * 4 // 3, 3, dtype=torch.uint8, device="cuda")
+
+    with FakeTensorMode():
+        yield make
+
+
+@pytest.mark.parametrize("precision", train.DTYPES)
+@pytest.mark.parametrize("preset", model.PRESETS)  # with noise, shifts, flips and uniform latents among them
+def test_a_step_keeps_to_the_gpu_and_to_its_dtypes(preset, precision, fake):
+    dcgan, frames = fake("--preset", preset, "--precision", precision)
+    stats = dcgan.step(frames)
+    assert (stats.shape, stats.dtype, stats.device.type) == ((5,), torch.float32, "cuda")
+    assert dcgan.scaler.is_enabled() == (precision == "fp16")
+    size = dcgan.args.image_size
+    assert dcgan.sampler()(torch.zeros(4, dcgan.args.nz, device="cuda")).shape == (4, 3, size, size)
+
+
+@pytest.mark.parametrize("fault, message", [
+    (lambda dcgan, images: dcgan.D(images + torch.randn(images.shape)), "same device"),
+    (lambda dcgan, images: dcgan.D(images[:, :2]), "channels"),
+    (lambda dcgan, images: dcgan.D(images.bfloat16()), "dtype|type"),
+    (lambda dcgan, images: dcgan.D(images) / images.sum().item(), "_local_scalar_dense")])
+def test_a_cpu_tensor_a_wrong_shape_a_wrong_dtype_and_a_wait_for_the_device_are_found(
+        fault, message, fake, monkeypatch):
+    monkeypatch.setattr(train.DCGAN, "logits", fault)
+    dcgan, frames = fake("--preset", "demo-64", "--precision", "fp32")
+    with pytest.raises((RuntimeError, DataDependentOutputException), match=message):
+        dcgan.step(frames)
+
+
+@pytest.mark.parametrize("words", [[], ["--graph"]])
+def test_a_resumed_fused_optimizer_counts_its_steps_on_the_gpu(words, fake):
+    """Its kernel reads them there: a count on the CPU would be an illegal memory access."""
+    words = ["--preset", "demo-64", "--precision", "bf16", *words]
+    dcgan, frames = fake(*words)
+    dcgan.step(frames)
+    saved = {**dcgan.state_dict(), "step": 1}
+    assert {tensor.device.type for tensor in tree_leaves(saved) if isinstance(tensor, torch.Tensor)} == {"cpu"}
+    resumed, frames = fake(*words)
+    resumed.load_state_dict(saved)
+    for optimizer in (resumed.opt_G, resumed.opt_D):
+        assert {tensor.device.type for tensor in tree_leaves(list(optimizer.state.values()))} == {"cuda"}
+    resumed.step(frames)
+
+
+# ---- the step as one graph ------------------------------------------------------------------------------------------
 
 class Capture(TorchDispatchMode):
-    """Plays torch.cuda.graph: it records what runs, and afterwards nothing has run."""
-    LATEST = None
-    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}  # ops that need the device's answer
-    signature = inspect.signature(torch.cuda.graph)  # torch's own, of this release
+    """In the place of torch.cuda.graph and its CUDAGraph: replay() runs the recorded ops again, on the same memory.
+
+    The first replay does nothing, as the ops have run here while they were recorded.
+    """
+    signature, stream = inspect.signature(torch.cuda.graph), None
 
     def __init__(self, *args, **kwargs):
         super().__init__()
-        Capture.LATEST, self.call, self.before = self, self.signature.bind(*args, **kwargs).arguments, {}
-        self.graph, self.made = self.call["cuda_graph"], set()
-
-    def __enter__(self):
-        assert not self.graph.ops, "a graph holds one capture"
-        self.random = torch.get_rng_state()
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        super().__exit__(*exception)
-        torch.set_rng_state(self.random)
-        with torch.no_grad():
-            for tensor, value in self.before.values():
-                tensor.copy_(value)
+        self.call = self.signature.bind(*args, **kwargs).arguments
+        self.graph = self.call["cuda_graph"]
+        self.graph.ops, self.graph.replays, Capture.latest = [], 0, self
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        assert op.overloadpacket.__name__ not in self.WAITS, f"operation not permitted when stream is capturing: {op}"
-        for t in tree_leaves((args, kwargs)):
-            if isinstance(t, torch.Tensor) and storage(t) not in self.made and id(t) not in self.before:
-                self.before[id(t)] = t, t.clone()
-        outs = tree_leaves(result := op(*args, **kwargs))
-        self.made |= {storage(t) for t in outs if isinstance(t, torch.Tensor)} - {storage(t) for t, _ in self.before.values()}
-        self.graph.ops.append((op, args, kwargs, outs))
+        result = op(*args, **(kwargs or {}))
+        self.graph.ops.append((op, args, kwargs or {}, tree_leaves(result)))
         return result
 
 
-def storage(tensor):
-    return tensor.untyped_storage()._cdata
+class Graph:
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for op, args, kwargs, outs in self.ops if self.replays > 1 else ():
+            for out, new in zip(outs, tree_leaves(op(*args, **kwargs))):
+                if isinstance(new, torch.Tensor) and new.data_ptr() != out.data_ptr():  # else it is in place, or a view
+                    out.copy_(new)
 
 
 class Stream:
@@ -83,194 +147,42 @@ class Stream:
         pass
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of 2022 with Triton and a C compiler beside it."""
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(torch.cuda, "manual_seed", torch.default_generator.manual_seed)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(train, "find_spec", lambda name: name)
-    monkeypatch.setattr(shutil, "which", lambda name: name)
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    for name, value in dict(Stream=Stream, CUDAGraph=Graph, graph=Capture, current_stream=lambda: Capture.stream,
+                            set_stream=lambda stream: setattr(Capture, "stream", stream)).items():
+        monkeypatch.setattr(torch.cuda, name, value)
 
 
-def arguments(*words):
-    return train.parse_args([*TINY, "--preset", "naive-64", "--device", "cpu", *words])
+def run_steps(step):
+    """The statistics of nine steps, with a seed for each as in train.main."""
+    torch.manual_seed(0)
+    batches, stats = torch.randint(0, 256, (9, 16, 40, 54, 3), dtype=torch.uint8), []
+    untouched = batches.clone()
+    for seed, batch in enumerate(batches):
+        torch.manual_seed(seed)
+        stats.append(step(batch))
+    assert torch.equal(batches, untouched), "the graph has memory of its own for the frames"
+    return torch.stack(stats)
 
 
-def networks(args, gpu=True):
-    """A DCGAN on the CPU that is made fast as on a GPU."""
-    device = train.set_up_device(args, 0)
-    if gpu:
-        cuda = train.on_cuda(0)
-        device.graph, device.compiler, device.compiling_pays, device.seed = cuda.graph, cuda.compiler, cuda.compiling_pays, cuda.seed
-    return train.DCGAN(args, device)
-
-
-@pytest.mark.parametrize("words", [[], ["--precision", "bf16", "--instance-noise", "0.05", "--latent", "uniform", "--mirror"]])
-def test_replayed_steps_are_those_of_the_plain_loop(words, gpu):
-    args = arguments(*words)
-    models = networks(args, gpu=False), networks(args)
-    plain, replayed = (train.make_fast(each, args, 0, 0) for each in models)
-    frames = [torch.randint(0, 256, (16, 40, 54, 3), dtype=torch.uint8) for _ in range(12)]
-    untouched = torch.stack(frames)
-    expected, got = ([step(batch, number) for number, batch in enumerate(frames, 40)] for step in (plain, replayed))
-    assert Capture.LATEST.graph.replays == 7, "five steps to warm up, and one capture for all that follow"
-    torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=0, atol=0)
-    assert len({tuple(row.tolist()) for row in got}) == 12, "an earlier step's statistics are not overwritten by a later one"
-    assert torch.equal(torch.stack(frames), untouched), "the graph's own memory takes the frames, and no caller's"
+@pytest.mark.parametrize("words", ["", "--precision bf16 --instance-noise 0.05 --latent uniform --mirror --augment"])
+def test_replayed_steps_equal_eager_steps_and_the_graph_is_freed_with_them(words):
+    args = train.parse_args([*TINY, "--preset", "naive-64", "--device", "cpu", *words.split()])
+    eager, replayed = (train.DCGAN(args, train.set_up_device(args)) for _ in range(2))
+    step = train.graphed(replayed.step)
+    torch.testing.assert_close(run_steps(step), run_steps(eager.step), rtol=0, atol=0)
     for net in ("G", "D", "G_ema"):
-        torch.testing.assert_close(getattr(models[1], net).state_dict(), getattr(models[0], net).state_dict(), rtol=0, atol=0)
+        for a, b in zip(getattr(replayed, net).state_dict().values(), getattr(eager, net).state_dict().values()):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert Capture.latest.graph.replays == 4, "five steps to warm up, and one capture for all that follow"
+    graph, Capture.latest = weakref.ref(Capture.latest.graph), None
+    del step
+    assert graph() is None, "NCCL cannot end before the graph"
 
 
-def test_other_threads_may_use_the_gpu_during_the_capture(gpu, monkeypatch):
+def test_a_step_is_captured_on_the_stream_of_its_warm_up_while_other_threads_use_the_gpu():
     streams = []
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
-    step = train.graphed(lambda frames: frames.float().mean((1, 2, 3)))
-    for _ in range(6):
-        step(torch.ones(2, 4, 4, 3, dtype=torch.uint8))
-    call = Capture.LATEST.call
-    assert call["capture_error_mode"] == "thread_local", "a thread pins memory, and NCCL's asks for events"
-    assert {call["stream"]} == {*streams}, "it is captured on the stream of the first steps"
-
-
-def test_the_graph_is_gone_with_the_step(gpu):
-    """At once, and not when the collector comes by: NCCL's end would wait for it."""
-    dcgan = networks(arguments())
-    step = train.make_fast(dcgan, arguments(), 0, 0)
-    for number in range(6):
-        step(torch.zeros(16, 40, 54, 3, dtype=torch.uint8), number)
-    graph, Capture.LATEST = weakref.ref(Capture.LATEST.graph), None
-    assert graph().replays == 1
-    gc.disable()
-    try:
-        del step
-        assert graph() is None
-    finally:
-        gc.enable()
-
-
-def test_what_waits_for_the_gpu_in_a_step_can_not_be_captured(gpu):
-    """That the tests above would notice."""
-    step = train.graphed(lambda frames: frames.float().mean() / frames.sum().item())
-    with pytest.raises(AssertionError, match="capturing"):
-        for _ in range(6):
-            step(torch.ones(2, 4, 4, 3, dtype=torch.uint8))
-
-
-@pytest.mark.parametrize("words, captured", [([], True), (["--precision", "bf16"], True), (["--no-graph"], False), (["--precision", "fp16"], False)])
-def test_steps_are_captured_but_those_of_fp16_and_where_it_is_not_wanted(words, captured, gpu, monkeypatch):
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: None)
-    args, asked = arguments(*words), []
-    dcgan = networks(args)
-    dcgan.device.graph = asked.append
-    train.make_fast(dcgan, args, 0, 0)
-    assert asked == [dcgan.step] * captured
-    monkeypatch.undo()
-    assert networks(args, gpu=False).device.graph(dcgan.step) == dcgan.step, "there are none on a CPU"
-
-
-def test_a_gpus_optimizer_is_one_kernel_that_a_graph_may_hold(gpu):
-    weight = torch.nn.Parameter(torch.empty(2, device="meta"))
-    assert {key: train.on_cuda(0).AdamW([weight]).defaults[key] for key in ("fused", "capturable")} == {"fused": True, "capturable": True}
-
-
-@pytest.mark.parametrize("capturable", [True, False])
-def test_a_resumed_fused_optimizer_counts_its_steps_on_the_gpu(capturable):
-    """Its kernel reads them there; a count on the CPU is an illegal memory access."""
-    weight = torch.nn.Parameter(torch.empty(2, 2, device="meta"))
-    optimizer = SimpleNamespace(param_groups=[dict(params=[weight], fused=True, capturable=capturable)], state={})
-    train.load_adam_state(optimizer, {"step": 3, "exp_avg": [torch.zeros(2, 2)], "exp_avg_sq": [torch.zeros(2, 2)]})
-    assert {t.device for t in optimizer.state[weight].values()} == {weight.device}
-
-
-# ---- what is compiled -----------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """The backends that networks are compiled with."""
-    backends = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, backend: backends.append(backend))
-    return backends
-
-
-def without_compiler(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-
-
-def without_triton(monkeypatch):
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
-
-
-def with_an_old_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 1))
-
-
-@pytest.mark.parametrize("lack", [without_compiler, without_triton, with_an_old_gpu])
-def test_compile_is_left_out_in_a_line_where_it_can_not_be_and_refused_if_asked_for(lack, gpu, compiled, monkeypatch, capsys):
-    lack(monkeypatch)
-    dcgan = networks(arguments())
-    train.make_fast(dcgan, arguments(), 0, 1e9)
-    said = capsys.readouterr().out
-    assert said.startswith("not compiled: ") and said.count("\n") == 1 and compiled == []
-    with pytest.raises(model.InputError, match="--compile needs a C compiler, on cuda Triton and compute capability 7.0"):
-        train.make_fast(dcgan, arguments("--compile"), 0, 1e9)
-
-
-@pytest.mark.parametrize("words, on_gpu, images, backends", [
-    ([], True, 1e9, ["inductor"] * 2),
-    ([], True, 1e5, []),
-    (["--minutes", "9"], True, 1e9, []),
-    (["--minutes", "10"], True, 1e9, ["inductor"] * 2),
-    (["--compile"], True, 1e5, ["inductor"] * 2),
-    (["--no-compile"], True, 1e9, []),
-    ([], False, 1e9, []),
-    (["--compile"], False, 1e5, ["inductor"] * 2),
-])
-def test_compile_comes_with_long_runs_or_when_asked_for(words, on_gpu, images, backends, gpu, compiled, capsys):
-    train.make_fast(networks(arguments(*words), on_gpu), arguments(*words), 0, images)
-    assert compiled == backends and capsys.readouterr().out == ""
-
-
-# ---- which cards the installed torch can use ------------------------------------------------------------------------
-
-WHEEL = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120"]
-
-
-@pytest.mark.parametrize("card, built", [
-    ((7, 5), WHEEL),
-    ((8, 6), WHEEL),              # kernels for 8.0 run on all 8.x
-    ((9, 0), ["sm_90a"]),         # this one card alone
-    ((12, 1), ["compute_120"]),   # compiled by the driver
-    ((13, 0), WHEEL),
-])
-@pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_a_card_that_the_installed_torch_has_kernels_for_is_taken(card, built, name, monkeypatch):
-    play_card(monkeypatch, card, built)
-    assert model.choose_device(name) == CUDA
-
-
-@pytest.mark.parametrize("card, built", [
-    ((7, 0), WHEEL),
-    ((6, 1), WHEEL),
-    ((8, 0), ["sm_86", "sm_90"]),  # kernels for 8.6 do not run on 8.0
-    ((10, 0), ["sm_90"]),          # nor those for another major version
-    ((10, 3), ["sm_120", "compute_120"]),
-])
-def test_one_that_it_has_none_for_is_refused_in_a_line_that_says_what_to_install(card, built, monkeypatch):
-    play_card(monkeypatch, card, built)
-    with pytest.raises(model.InputError, match="Tesla.*install.*torch<2.8") as refused:
-        model.choose_device("cuda")
-    assert "sm_{}{}".format(*card) in str(refused.value) and "\n" not in str(refused.value)
-    assert model.choose_device("cpu") == CPU
-
-
-def play_card(monkeypatch, card, built):
-    for name, value in (("is_available", True), ("get_device_capability", card), ("get_arch_list", built), ("get_device_name", "Tesla")):
-        monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
+    run_steps(train.graphed(lambda frames: streams.append(Capture.stream) or frames.float().mean()))
+    assert streams[0] and {*streams, Capture.latest.call["stream"]} == {Capture.stream}
+    assert Capture.latest.call["capture_error_mode"] == "thread_local", "a thread pins memory, NCCL's asks for events"
