@@ -6,10 +6,8 @@
 
 The architecture is DCGAN: Radford, Metz, Chintala 2015, https://arxiv.org/abs/1511.06434, section 3.
 """
-import argparse
 import math
 import os
-import re
 import signal
 import sys
 from importlib.util import find_spec
@@ -209,6 +207,8 @@ class Score:
         torch.manual_seed(0)
         self.D = Discriminator(self.image_size, ndf=16).apply(init_weights).eval().requires_grad_(False)
         self.held_out = self.describe(spread_windows(pack.holdout, self.images, self.image_size))
+        real_features = self.held_out[1]
+        self.radius = torch.cdist(real_features, real_features).kthvalue(6, dim=2).values  # itself is the first
         self.real = self.compare(self.describe(spread_windows(pack.train, self.images, self.image_size)))
 
     def describe(self, batches):
@@ -223,9 +223,8 @@ class Score:
     def compare(self, description):
         (real, real_features), (fake, fake_features) = self.held_out, description
         distance = 1000 * sum((a - b).abs().mean().item() for a, b in zip(real, fake)) / len(real)
-        radius = torch.cdist(real_features, real_features).kthvalue(6, dim=2).values  # the first is the image itself
         nearest = torch.cdist(real_features, fake_features).amin(dim=2)
-        return distance, (nearest <= radius).float().mean().item()
+        return distance, (nearest <= self.radius).float().mean().item()
 
     def __call__(self, G, latent="normal"):
         z = latents(range(self.images), G.nz, latent)
@@ -322,12 +321,12 @@ def load_discriminator(path=None):
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 def seed_list(text):
-    """An argparse type: '0-63,100' → [0, …, 63, 100]."""
-    if not re.fullmatch(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text} is not a list of seeds: write it as 0-63,100")
+    """An argparse type: '0-63,100' → [0, …, 63, 100]. argparse reports the ValueError."""
     seeds = []
     for span in text.split(","):
         first, _, last = span.partition("-")
+        if not 0 <= int(first) <= int(last or first) < 2 ** 63:
+            raise ValueError(span)
         seeds += range(int(first), int(last or first) + 1)
     return seeds
 

@@ -68,7 +68,6 @@ def parse_args(argv=None):
     add("--graph", action="store_true", help="on cuda: record a step as one CUDA graph, and replay it")
     add("--save-minutes", type=float, default=5, help="time between checkpoints, samples and scores (default: 5)")
     add("--log-every", type=int, default=50, help="steps between log lines, which wait for the device (default: 50)")
-
     add = parser.add_argument_group("set by the preset").add_argument
     add("--image-size", type=int, choices=(32, 64, 128, 256), help="size of the images in pixels")
     add("--kernel-size", type=int, choices=(4, 5), help="4 as in pytorch/examples, 5 as in the paper")
@@ -83,12 +82,13 @@ def parse_args(argv=None):
     add("--instance-noise", type=float, help="standard deviation of the noise on D's input")
     add("--augment", action=argparse.BooleanOptionalAction, help="shift D's input by up to an eighth of its size")
     add("--mirror", action=argparse.BooleanOptionalAction, help="flip half of the real images left to right")
-
     typed = parser.parse_args(argv)  # once to learn the preset and the run, and once more with their defaults
     defaults = DEMO if not (typed.data or typed.preset) else {"preset": typed.preset or "naive-64"}
     out = Path(typed.out or f"runs/{defaults['preset']}")
     if typed.resume and (out / "args.json").exists():
         defaults = json.loads((out / "args.json").read_text())
+        if typed.preset not in (None, defaults["preset"]):
+            parser.error(f"--preset {typed.preset}: {out} is a run of {defaults['preset']}. Name another --out")
     parser.set_defaults(**{**PRESETS[defaults["preset"]], **defaults, "out": str(out)})
     args = parser.parse_args(argv)
     least = dict(epochs=1, batch_size=2, nz=1, ngf=1, ndf=1, log_every=1, seed=0, lr=0, beta1=0, weight_decay=0)
@@ -275,9 +275,8 @@ class DCGAN:
 
 
 def translate(images):
-    """Images (N, C, S, S), each shifted by up to S/8 pixels in both directions, with zeros at the border: DiffAugment's
-    translation (Zhao et al. 2020, https://arxiv.org/abs/2006.10738, section 3). Products with 0/1 matrices shift rows
-    and columns: exact, with gradients, and without gather, which Gaudi lacks for some types."""
+    """Images (N, C, S, S), each shifted by up to S/8 pixels, with zeros at the border: DiffAugment (Zhao et al. 2020,
+    https://arxiv.org/abs/2006.10738). Products with 0/1 matrices need no gather, which Gaudi lacks for some types."""
     S = images.shape[-1]
     pixels = torch.arange(S, device=images.device)
     shifts = (torch.rand(2, len(images), 1, 1, 1, device=images.device) * (S // 4 + 1)).floor() - S // 8
@@ -302,7 +301,6 @@ def set_up_device(args, local_rank=0):
             if unknown:
                 print(f"warning: {file}: torch does not know {unknown}", file=sys.stderr)
             os.environ[f"PT_HPU_AUTOCAST_{kind}_OPS_LIST"] = os.path.abspath(file)
-
     cpu_has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # a private name, which can go
     device = argparse.Namespace(
         kind=choose_device(args.device).type, precision="bf16" if cpu_has_bf16 else "fp32", backend="gloo",
@@ -347,7 +345,6 @@ def graphed(step):
         static[0].copy_(frames)
         graph.replay()
         return static[1].clone()
-
     return replay
 
 
@@ -384,7 +381,8 @@ class Reporter:
         if min(len(pack.train), len(pack.holdout)) >= 50:
             self.score = Score(pack)
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        (self.out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        (self.out / "args.json.tmp").write_text(json.dumps(vars(args), indent=1) + "\n")
+        os.replace(self.out / "args.json.tmp", self.out / "args.json")
         threading.excepthook = lambda thread: None  # TensorBoard's thread ends at a full disk, which show() meets
         self.board = SummaryWriter(self.out, purge_step=images + 1)  # drops events after the checkpoint
         if not images:
@@ -429,27 +427,30 @@ class Reporter:
         if draw:
             grid = make_grid(render(G, latents(range(64), self.args.nz, latent)))
             save_image(grid / 255, self.out / "samples" / f"{images:09d}.png")
-        if draw and self.score and self.is_best(G, images):
-            save(self.out / "generator-best.pt", generator)
+        if draw and self.score:
+            self.rate(G, generator)
         saved = [int(path.stem.removeprefix("generator-")) for path in self.out.glob("generator-[0-9]*.pt")]
         if images >= 2 * max(saved, default=0):  # at about 1, 2, 4, 8, … times the first, to see the progress
             save(self.out / f"generator-{images:09d}.pt", generator)
+        with suppress(OSError):  # as in show()
+            self.board.flush()  # before the checkpoint: a run that continues from it does not log these steps again
         checkpoint = {**state, "step": step, "images": images, "latent": latent, "scores": self.scores}
         save(self.out / "checkpoint.pt", checkpoint, self.out / "checkpoint-previous.pt")
-        self.board.flush()
 
-    def is_best(self, G, images):
+    def rate(self, G, generator):
         """Score G. The best has the smallest score among those with at least half the coverage of real images."""
         figures = *self.score(G, self.args.latent), *self.score.real, self.model.d_held_out(self.pack.holdout)
         score, coverage, real_score, real_coverage, held_out = (round(figure, 4) for figure in figures)
+        images = generator["images"]
         print(f"image {images:,}: score {score:.1f} (real images {real_score:.1f}), coverage {coverage:.2f} "
               f"(real images {real_coverage:.2f}), D(held out) {held_out:.4f}", flush=True)
         self.show({"score": score, "coverage": coverage, "D(held out)": held_out}, images)
         best = min((row[1] for row in self.scores if row[2] >= real_coverage / 2), default=math.inf)
+        if coverage >= real_coverage / 2 and score < best:
+            save(self.out / "generator-best.pt", generator)
         self.scores.append([images, score, coverage, real_score, real_coverage, held_out])
-        rows = (",".join(map(str, row)) for row in [SCORES, *self.scores])
-        (self.out / "scores.csv").write_text("\n".join(rows) + "\n")
-        return coverage >= real_coverage / 2 and score < best
+        table = "".join(",".join(map(str, row)) + "\n" for row in [SCORES, *self.scores])
+        (self.out / "scores.csv").write_text(table)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -477,7 +478,6 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=hosts)
         return int(tensor)
-
     model, step, images, scores = DCGAN(args, device, world), 0, 0, []
     if resuming:
         try:

@@ -30,7 +30,7 @@ def jpeg(rng):
 
 
 def make(folder, n):
-    """msls_images_vol_1.zip … vol_6.zip and msls_metadata.zip of n images in a folder: 30 cities, 40 frames a sequence."""
+    """Write msls_images_vol_1.zip … vol_6.zip and msls_metadata.zip: n images of 30 cities, 40 frames per sequence."""
     folder.mkdir(parents=True)
     rng = random.Random(0)
     pictures = [jpeg(rng) for _ in range(256)]
@@ -45,7 +45,8 @@ def make(folder, n):
                     lines["raw"].append(f"{row},{key},37.617298,55.755826,271.31,{1400000000000 + i},{i % 97 == 0}")
                     lines["seq_info"].append(f"{row},{key},{city:02d}{part}{row // 40:019d},{row % 40}")
                     lines["postprocessed"].append(f"{row},{key},412345.67,6178901.23,{row},{i % 9 == 0},False,Forward")
-                    volumes[i * VOLUMES // n].writestr(zipfile.ZipInfo(f"{home}/images/{key}.jpg"), pictures[rng.randrange(256)])
+                    entry = zipfile.ZipInfo(f"{home}/images/{key}.jpg")
+                    volumes[i * VOLUMES // n].writestr(entry, pictures[rng.randrange(256)])
                 for name, text in lines.items():
                     metadata.writestr(f"{home}/{name}.csv", "\n".join(text))
     for volume in volumes:
@@ -54,7 +55,8 @@ def make(folder, n):
 
 def measure(folder, out):
     """Run prepare_data.py on a folder; print a Markdown table of its times and its memory."""
-    process = subprocess.Popen(command("prepare_data.py", "--image-size", 32, folder, out), stdout=subprocess.PIPE, text=True)
+    words = command("prepare_data.py", "--image-size", 32, folder, out)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     began, laps, peak, tick = time.monotonic(), [], 0, os.sysconf("SC_CLK_TCK")
     for line in process.stdout:
         print(line, end="", file=sys.stderr)
@@ -66,8 +68,10 @@ def measure(folder, out):
             laps.append((time.monotonic() - began, cpu, int(images[1].replace(",", "")) if images else 0))
     assert process.wait() == 0
     (first, first_cpu, _), (last, cpu, n) = laps[0], laps[-1]
-    print(f"| {n:,} images | time | of one core |\n|---|---|---|\n| until the first frame | {first:.0f} s | {first_cpu:.0f} s |\n"
-          f"| each image | {(last - first) / n * 1e6:.0f} µs | {(cpu - first_cpu) / n * 1e6:.0f} µs |\n| memory, at most | {peak / 1e6:.2f} GB | |")
+    print(f"| {n:,} images | time | of one core |\n|---|---|---|\n"
+          f"| until the first frame | {first:.0f} s | {first_cpu:.0f} s |\n"
+          f"| each image | {(last - first) / n * 1e6:.0f} µs | {(cpu - first_cpu) / n * 1e6:.0f} µs |\n"
+          f"| memory, at most | {peak / 1e6:.2f} GB | |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`--device hpu` on a simulated Gaudi card (hpu_sim/README.md): the scripts run as Gaudi's users run them.
 
-PT_HPU_LAZY_MODE is unset unless a test says so. The simulated release starts in eager mode then: lazy mode is the scripts' work.
+The simulated release starts in eager mode by default: where PT_HPU_LAZY_MODE is not set here, the scripts set it.
 """
 import json
 import os
@@ -20,7 +20,6 @@ from hpu_sim.build import Unavailable, build
 from PIL import Image
 
 EAGER = {"PT_HPU_LAZY_MODE": "0"}
-SCRIPTS = "train.py", "sample.py", "interpolate.py"
 OPTIONS = "--weight-decay 1 --instance-noise 0.05 --latent uniform --mirror --augment".split()
 
 # Gaudi's FusedAdamW adds its epsilon before it corrects the bias, and torch's AdamW after that. In the first steps this
@@ -51,10 +50,10 @@ def equal(a, b):
 
 
 def driver(folder, plant):
-    """train.py with some lines that change it between its import and its main()."""
+    """A script: train.py, changed by the lines `plant` before its main() runs."""
     path = folder / "driver.py"
-    path.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train, torch\nfrom model import run_script\n"
-                    f"{plant}\nrun_script(train.main)\n")
+    path.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train, torch\n{plant}\n"
+                    "train.run_script(train.main)\n")
     return path
 
 
@@ -77,9 +76,9 @@ def streets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train_on(card, streets, tmp_path_factory):
-    """train_on(device, *options, …) runs train.py → its folder `out`, `losses`, the card's `report`, stdout and warnings.
+    """train_on(device, *options, …) runs train.py → out (its folder), losses, report (the card's), stdout, warnings.
 
-    The plugin prints three warnings in eager mode. stderr has `warnings` more lines.
+    stderr has the plugin's three warnings in eager mode, and `warnings` lines of train.py.
     """
     def train(device, *options, script="train.py", data=streets, out=None, epochs=3, log_every=1, precision="fp32",
               env=(), warnings=0, status=0):
@@ -98,15 +97,11 @@ def train_on(card, streets, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_cpu(train_on):
-    return train_on("cpu", *OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def on_card(train_on):
-    """The same run in both modes, 12 steps each."""
-    return dict(zip(("lazy", "eager"), at_once(lambda: train_on("hpu", *OPTIONS),
-                                               lambda: train_on("hpu", *OPTIONS, env=EAGER))))
+def runs(train_on):
+    """The same 12 steps on the CPU, and on the card in both modes."""
+    kinds = {"cpu": ("cpu", {}), "lazy": ("hpu", {}), "eager": ("hpu", EAGER)}
+    done = at_once(*(lambda kind=kind, env=env: train_on(kind, *OPTIONS, env=env) for kind, env in kinds.values()))
+    return dict(zip(kinds, done))
 
 
 both = pytest.mark.parametrize("mode", ["lazy", "eager"])
@@ -115,17 +110,17 @@ both = pytest.mark.parametrize("mode", ["lazy", "eager"])
 # ---- what a step computes -------------------------------------------------------------------------------------------
 
 @both
-def test_losses_on_the_card_follow_the_cpus_step_for_step(mode, on_cpu, on_card):
-    seen, report = on_card[mode].losses, on_card[mode].report
-    assert len(seen) == len(on_cpu.losses) == 12
-    np.testing.assert_allclose(seen, on_cpu.losses, **CLOSE)
-    np.testing.assert_array_equal(seen[0], on_cpu.losses[0], "before the first update there is no difference at all")
+def test_losses_on_the_card_follow_the_cpus_step_for_step(mode, runs):
+    seen, expected, report = runs[mode].losses, runs["cpu"].losses, runs[mode].report
+    assert len(seen) == len(expected) == 12
+    np.testing.assert_allclose(seen, expected, **CLOSE)
+    np.testing.assert_array_equal(seen[0], expected[0], "before the first update there is no difference at all")
     assert report["mode"] == mode and report["fallbacks"] == {}
     assert {"aten::convolution_overrideable", "hpu::optimizer_adamw"} <= set(report["ops"])
 
 
 @both
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mode, on_card, train_on, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mode, runs, train_on, tmp_path):
     out, env = tmp_path / "run", EAGER if mode == "eager" else {}
     stop = driver(tmp_path, """
 step = train.DCGAN.step
@@ -138,28 +133,22 @@ train.DCGAN.step = stopped_in_the_sixth""")
     train_on("hpu", *OPTIONS, script=stop, out=out, env=env, status=128 + 15)
     assert load(out)["step"] == 6
     train_on("hpu", "--resume", out=out, env=env)
-    resumed, expected = load(out), load(on_card[mode].out)
-    for state in (*resumed["opt_G"].values(), *resumed["opt_D"].values(),
-                  *expected["opt_G"].values(), *expected["opt_D"].values()):
-        state.pop("step", None)  # Gaudi's optimizer counts in the group, and neither reads nor changes this
+    resumed, expected = load(out), load(runs[mode].out)
+    for saved in (resumed, expected):
+        for state in (*saved["opt_G"].values(), *saved["opt_D"].values()):
+            state.pop("step", None)  # Gaudi's optimizer counts in the group, and neither reads nor changes this one
     assert equal(resumed, expected)
 
 
-@pytest.fixture(scope="module")
-def moved(on_cpu, train_on, tmp_path_factory):
-    """A run of 12 steps on the CPU, 12 on the card, 12 on the CPU: (its folder, losses of the last 24 steps)."""
-    out = shutil.copytree(on_cpu.out, tmp_path_factory.mktemp("moved") / "run")
-    runs = [train_on(device, "--resume", out=out, epochs=epochs) for device, epochs in (("hpu", 6), ("cpu", 9))]
-    return out, np.concatenate([run.losses for run in runs])
-
-
-def test_a_run_continues_on_another_device_as_if_nothing_had_changed(moved, on_cpu, train_on, tmp_path):
-    out = shutil.copytree(on_cpu.out, tmp_path / "run")
-    expected = train_on("cpu", "--resume", out=out, epochs=9)
-    assert len(moved[1]) == 24
-    np.testing.assert_allclose(moved[1], expected.losses, rtol=0, atol=5e-3)
-    counts = {int(state["step"]) for opt in ("opt_G", "opt_D") for state in load(moved[0])[opt].values()}
-    assert counts == {load(moved[0])["step"]} == {36}, "bias correction goes on"
+def test_a_run_moves_to_the_card_and_back_as_if_nothing_had_changed(runs, train_on, tmp_path):
+    def go_on(name, *stages):
+        out = shutil.copytree(runs["cpu"].out, tmp_path / name)
+        return [train_on(device, "--resume", out=out, epochs=epochs) for device, epochs in stages]
+    (to, back), (stayed,) = at_once(lambda: go_on("moved", ("hpu", 6), ("cpu", 9)), lambda: go_on("stayed", ("cpu", 9)))
+    np.testing.assert_allclose(np.concatenate([to.losses, back.losses]), stayed.losses, rtol=0, atol=5e-3)
+    saved = load(back.out)
+    counts = {int(state["step"]) for name in ("opt_G", "opt_D") for state in saved[name].values()}
+    assert counts == {saved["step"]} == {36}, "the bias correction continues"
 
 
 def test_gaudis_optimizer_gets_the_presets_numbers_and_torchs_epsilon(card):
@@ -202,20 +191,20 @@ def check_lazy(report, logs, saves, begun=0):
 
 @pytest.fixture(scope="module")
 def scored(train_on, tmp_path_factory):
-    """(pack, run of 301 steps that scored its first and its last pictures, the run resumed for 35 steps and 3 saves)."""
+    """(pack, run of 301 steps that scored its first and last pictures, the same resumed for 35 steps and two saves)."""
     pack = tmp_path_factory.mktemp("packs") / "scored"
     run("prepare_data.py", "--demo", 256, "--image-size", 32, "--holdout", 0.4, pack)  # 119 frames to train on
     first = train_on("hpu", *OPTIONS, precision="bf16", data=pack, epochs=43, log_every=50)
     resumed = train_on("hpu", *OPTIONS, "--resume", "--save-minutes", 0, precision="bf16", data=pack, out=first.out,
-                       epochs=48, log_every=16)
+                       epochs=48, log_every=20)
     return pack, first, resumed
 
 
 def test_a_run_compiles_six_graphs_for_training_and_waits_only_to_log_and_to_save(scored, train_on):
     _, long, resumed = scored
     check_lazy(long.report, range(50, 302, 50), {0, 301})
-    check_lazy(resumed.report, {304, 320, 336}, {304, 320, 336}, begun=301)
-    assert (long.out / "scores.csv").read_text().count("\n") == 1 + 2 + 3
+    check_lazy(resumed.report, {320, 336}, {320, 336}, begun=301)
+    assert (long.out / "scores.csv").read_text().count("\n") == 1 + 2 + 2
     short = train_on("hpu", *OPTIONS, precision="bf16", log_every=4)
     check_lazy(short.report, {4, 8, 12}, {0, 12})
     in_training = [[step for step in run.report["graph_steps"] if 0 < step < 24] for run in (long, short)]
@@ -223,77 +212,62 @@ def test_a_run_compiles_six_graphs_for_training_and_waits_only_to_log_and_to_sav
 
 
 FAULTS = {
-    "batches that are views at changing offsets": ("graphs", """
+    "batches that are views at changing offsets": """
 batches = train.batches
 def of_one_upload(*args):
     one_by_one = batches(*args)
     while True:
         yield from torch.cat([next(one_by_one) for _ in range(64)]).to("hpu").split(16)
-train.batches = of_one_upload"""),
-    "swa_utils.update_bn": ("graphs", """
+train.batches = of_one_upload""",
+    "swa_utils.update_bn": """
 def sampler(self):
     z = train.latents(range(512), self.args.nz, self.args.latent).split(64)
     torch.optim.swa_utils.update_bn((part.to("hpu") for part in z), self.G_ema)
     return self.G_ema.eval()
-train.DCGAN.sampler = sampler"""),
-    "a slice with Python numbers in the step": ("graphs", """
+train.DCGAN.sampler = sampler""",
+    "a slice with Python numbers in the step": """
 cut_windows = train.cut_windows
 def at(frames, *args, calls=[]):
     calls.append(len(calls) % 8)
     return cut_windows(frames[:, :, calls[-1]:calls[-1] + 40], *args)
-train.cut_windows = at"""),
-    "a wait in each step": ("waits", """
-step = train.DCGAN.step
-def waiting(self, frames):
-    stats = step(self, frames)
-    stats[0].item()
-    return stats
-train.DCGAN.step = waiting"""),
-    "an op without a kernel": ("fallbacks|index uint8", """
-cut_windows = train.cut_windows
-train.cut_windows = lambda frames, *args: cut_windows(frames[torch.arange(16, device="hpu")], *args)"""),
+train.cut_windows = at""",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_check_finds_a_planted_fault(fault, train_on, tmp_path):
-    complaint, plant = FAULTS[fault]
-    report = train_on("hpu", *OPTIONS, script=driver(tmp_path, plant), precision="bf16", log_every=4).report
-    with pytest.raises(AssertionError, match=complaint):
+    script = driver(tmp_path, FAULTS[fault])
+    report = train_on("hpu", *OPTIONS, script=script, precision="bf16", log_every=4).report
+    with pytest.raises(AssertionError, match="graphs"):
         check_lazy(report, {4, 8, 12}, {0, 12})
 
 
-def test_compile_takes_eager_mode_and_compiles_in_the_first_steps_alone(train_on, card, streets, tmp_path):
-    words = *OPTIONS, "--compile"
-    compiled, refused = at_once(
-        lambda: train_on("hpu", *words, "--save-minutes", 0, precision="bf16", log_every=6).report,
-        lambda: run("train.py", "--device", "hpu", *words, "--data", streets, "--out", tmp_path / "run", status=2,
-                    env={**card, "PT_HPU_LAZY_MODE": "1"}).stderr)
-    assert compiled["mode"] == "eager" and compiled["fallbacks"] == {}
-    assert 2 <= len(compiled["compile_steps"]) == compiled["compiles"] <= 4 and max(compiled["compile_steps"]) < 4
-    assert "PT_HPU_LAZY_MODE" in refused and len(refused.splitlines()) == 1
+def test_compile_takes_eager_mode_and_compiles_in_the_first_steps_alone(train_on):
+    report = train_on("hpu", *OPTIONS, "--compile", "--save-minutes", 0, precision="bf16", log_every=6,
+                      env={"PT_HPU_LAZY_MODE": "1"}).report  # as older launch scripts set it
+    assert report["mode"] == "eager" and report["fallbacks"] == {}
+    assert 2 <= report["compiles"] <= 4 and max(report["compile_steps"]) < 4
 
 
 # ---- files and pictures ---------------------------------------------------------------------------------------------
 
-def test_files_saved_on_the_card_open_where_there_is_no_plugin(on_card):
-    files = [path.name for path in on_card["lazy"].out.glob("*.pt")]
+def test_files_saved_on_the_card_open_where_there_is_no_plugin(runs):
+    files = [path.name for path in runs["lazy"].out.glob("*.pt")]
     assert {"checkpoint.pt", "checkpoint-previous.pt", "generator-000000192.pt"} <= set(files)
     for file in files:
-        content = load(on_card["lazy"].out, file)  # with device tensors in it this fails here
-        assert content["G"]["main.0.weight"].device.type == "cpu"
+        assert load(runs["lazy"].out, file)["G"]["main.0.weight"].device.type == "cpu"  # load fails with card tensors
 
 
 @pytest.mark.parametrize("script, words", [("sample.py", ["--n", 70]), ("interpolate.py", ["--frames", 20])])
-def test_pictures_drawn_on_the_card_are_those_of_the_cpu(script, words, on_card, card, tmp_path):
-    words, env = ["--checkpoint", on_card["lazy"].out, "--scale", 2, *words], {**card, "HPU_SIM_REPORT": str(tmp_path / "card.json")}
+def test_pictures_drawn_on_the_card_are_those_of_the_cpu(script, words, runs, card, tmp_path):
+    words = "--checkpoint", runs["lazy"].out, "--scale", 2, *words
+    env = {**card, "HPU_SIM_REPORT": str(tmp_path / "card.json")}
     at_once(lambda: run(script, *words, "--device", "cpu", "--out", tmp_path / "cpu.png"),
             lambda: run(script, *words, "--device", "hpu", "--out", tmp_path / "hpu.png", env=env))
     cpu, hpu = (np.asarray(Image.open(tmp_path / name), int) for name in ("cpu.png", "hpu.png"))
     assert abs(cpu - hpu).max() <= 1
     report = json.loads((tmp_path / "card.json").read_text())
-    assert report["graphs"] == 1 and report["fallbacks"] == {}, "one graph for all batches of pictures"
-    assert report["syncs"] == 2
+    assert report["graphs"] == 1 and report["syncs"] == 2 and report["fallbacks"] == {}, "one graph for both batches"
 
 
 def test_nearest_and_features_run_on_the_cpu_and_say_so(scored, card, tmp_path):
@@ -301,8 +275,8 @@ def test_nearest_and_features_run_on_the_cpu_and_say_so(scored, card, tmp_path):
     def examine(option, *words):
         env = {**card, "HPU_SIM_REPORT": str(tmp_path / option)}
         return run("sample.py", "--device", "hpu", "--checkpoint", trained.out, option, pack, *words, env=env)
-    runs = at_once(lambda: examine("--nearest", "--n", 4, "--out", tmp_path / "nearest.png"), lambda: examine("--features"))
-    for done, option in zip(runs, ("--nearest", "--features")):
+    done = at_once(lambda: examine("--nearest", "--n", 4, "--out", tmp_path / "a.png"), lambda: examine("--features"))
+    for option, done in zip(("--nearest", "--features"), done):
         assert len([line for line in (done.stdout + done.stderr).splitlines() if "CPU" in line]) == 1
         report = tmp_path / option
         assert not report.exists() or json.loads(report.read_text())["ops"] == {}
@@ -325,19 +299,19 @@ def main_and_what_it_saw():
     saw = dict(model=model.state_dict(), frames=torch.cat(frames), noise=torch.stack(noise))
     torch.save(saw, {str(tmp_path)!r} + "/rank" + os.environ["RANK"], pickle_protocol=2)
 train.main, train.batches, train.DCGAN.step = main_and_what_it_saw, seen, seen_step""")
-    words = [*TINY, *OPTIONS, "--device", "hpu", "--data", streets, "--out", tmp_path / "run", "--epochs", 4, "--log-every", 4]
-    launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, *TINY,
+               *OPTIONS, "--device", "hpu", "--data", streets, "--out", tmp_path / "a", "--epochs", 4, "--log-every", 4]
     env = {**os.environ, **card, "HPU_SIM_CARDS": "2", "HPU_SIM_REPORT": str(tmp_path / "card.json")}
-    done = subprocess.run(list(map(str, (sys.executable, *launch, *words))), env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(losses(done.stdout)) == 2 and "2 × hpu" in done.stdout, "16 images per card: 4 epochs of 2 steps"
     ranks = [load(tmp_path, f"rank{rank}") for rank in (0, 1)]
-    nets = [{key: value for net in ("G", "D", "G_ema") for key, value in rank["model"][net].items() if "running" not in key}
-            for rank in ranks]
-    assert equal(*nets), "but for the statistics of batches, the networks are the same"
+    a, b = ({(net, key): value for net in ("G", "D", "G_ema") for key, value in rank["model"][net].items()
+             if key.endswith(("weight", "bias"))} for rank in ranks)
+    assert equal(a, b)
     frames = [{frame.numpy().tobytes() for frame in rank["frames"]} for rank in ranks]
     assert len(frames[0]) == len(frames[1]) == 32 and not frames[0] & frames[1]
-    assert len({state.numpy().tobytes() for rank in ranks for state in rank["noise"]}) == 2 * 8, "no step repeats another's noise"
+    assert len({state.numpy().tobytes() for rank in ranks for state in rank["noise"]}) == 2 * 8, "no noise is repeated"
     for rank in (0, 1):
         report = json.loads((tmp_path / f"card.json.{rank}").read_text())
         check_lazy(report, {4, 8}, {0, 8})
@@ -346,24 +320,19 @@ train.main, train.batches, train.DCGAN.step = main_and_what_it_saw, seen, seen_s
 
 # ---- the lists of ops -----------------------------------------------------------------------------------------------
 
-IN_FP32 = "conv2d conv_transpose2d batch_norm relu leaky_relu tanh matmul binary_cross_entropy_with_logits".split()
-PRINT_LISTS = """
-import atexit
-atexit.register(lambda: print(*(f"list {value}" for name, value in sorted(os.environ.items()) if name.endswith("_OPS_LIST")), sep="\\n"))"""
-
-
-def test_files_replace_the_plugins_lists(on_card, train_on, tmp_path):
+def test_files_replace_the_plugins_lists(runs, train_on, tmp_path):
     (tmp_path / "low").write_text("dot\n")
-    (tmp_path / "high").write_text("\n".join(IN_FP32))
+    (tmp_path / "high").write_text("conv2d\nconv_transpose2d\nbatch_norm\nrelu\nleaky_relu\ntanh\nmatmul\nsoftplus\n")
     low, high = (os.path.relpath(tmp_path / name) for name in ("low", "high"))
-    script = driver(tmp_path, PRINT_LISTS)
+    script = driver(tmp_path, "import atexit\natexit.register(lambda: print(sorted(\n"
+                              "    path for name, path in os.environ.items() if name.endswith('_OPS_LIST'))))")
     mixed, fp32 = at_once(
         lambda: train_on("hpu", *OPTIONS, script=script, precision="bf16"),
         lambda: train_on("hpu", *OPTIONS, "--bf16-ops", low, "--hmp-fp32", high, script=script, precision="bf16"))
-    assert abs(mixed.losses - on_card["lazy"].losses).max() > 1e-3, "bf16 shows"
-    np.testing.assert_allclose(fp32.losses, on_card["lazy"].losses, **CLOSE)
-    assert re.findall("^list (.*)", mixed.stdout, re.M) == [], "without options the plugin's own lists apply"
-    assert re.findall("^list (.*)", fp32.stdout, re.M) == [str(tmp_path / "high"), str(tmp_path / "low")]
+    assert abs(mixed.losses - runs["lazy"].losses).max() > 1e-3, "bf16 shows"
+    np.testing.assert_allclose(fp32.losses, runs["lazy"].losses, **CLOSE)
+    assert mixed.stdout.splitlines()[-1] == "[]", "without options the plugin's own lists apply"
+    assert fp32.stdout.splitlines()[-1] == str([str(tmp_path / "high"), str(tmp_path / "low")]), "absolute paths"
 
 
 def test_names_that_torch_does_not_know_and_other_devices_are_no_errors(train_on, tmp_path):
@@ -372,20 +341,19 @@ def test_names_that_torch_does_not_know_and_other_devices_are_no_errors(train_on
     words = "--hmp-bf16", tmp_path / "ops", "--fp32-ops", tmp_path / "ops"
     hpu, cpu = at_once(*(lambda device=device: train_on(device, *words, epochs=1, precision="bf16", warnings=2)
                          for device in ("hpu", "cpu")))
-    for run in (hpu, cpu):
-        assert len(run.losses) == 4
-        for warning in run.warnings:
-            assert warning.startswith("warning: ") and "['cross_entropy', 'iadd', '', '# a comment', 'truediv']" in warning
-    lines = [line for line in cpu.stdout.splitlines() if "torch.autocast" in line]
-    assert len(lines) == 1 and "torch.autocast" not in hpu.stdout
+    assert len(hpu.losses) == len(cpu.losses) == 4
+    for warning in (*hpu.warnings, *cpu.warnings):
+        assert warning.startswith("warning: ")
+        assert all(repr(name) in warning for name in ("cross_entropy", "iadd", "", "# a comment", "truediv"))
+    assert cpu.stdout.count("torch.autocast") == 1 and "torch.autocast" not in hpu.stdout
 
-
-# ---- where something is missing -------------------------------------------------------------------------------------
 
 def test_a_missing_list_is_an_error(tmp_path):
     done = run("train.py", "--bf16-ops", "no/such/file", "--device", "cpu", cwd=tmp_path, status=2)
     assert "no/such/file" in done.stderr and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
+
+# ---- where something is missing -------------------------------------------------------------------------------------
 
 def check_refusal(script, env, reason, cwd):
     """--device hpu without a usable card is one line and status 2."""
@@ -393,39 +361,32 @@ def check_refusal(script, env, reason, cwd):
     assert "--device hpu" in stderr and reason in stderr and len(stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "interpolate.py"])
 def test_without_a_card_one_line_says_why(script, card, tmp_path):
     at_once(lambda: check_refusal(script, {}, "docs.habana.ai", tmp_path),
             lambda: check_refusal(script, {**card, "HPU_SIM_CARDS": "0"}, "no Gaudi card", tmp_path),
             lambda: check_refusal(script, {**card, "HPU_SIM_BUSY": "1"}, "Device acquire failed", tmp_path))
 
 
-def test_that_check_finds_a_script_that_only_counts_cards(card, tmp_path):
-    script = driver(tmp_path, """
+def test_that_check_finds_a_script_that_only_counts_cards(card, streets, tmp_path):
+    script = driver(tmp_path, f"""
 def choose_device(name):
     import habana_frameworks.torch.core
     if torch.hpu.is_available():
         return torch.device("hpu")
 train.choose_device = choose_device
-train.find_data = lambda *args: (torch.zeros(64, 40, 54, 3).byte().numpy(), None)""")
+sys.argv += ["--data", {str(streets)!r}, "--image-size", "32", "--batch-size", "16"]""")
     with pytest.raises(AssertionError, match="(?s)Traceback.*Device acquire failed"):
         check_refusal(script, {**card, "HPU_SIM_BUSY": "1"}, "Device acquire failed", tmp_path)
 
 
-def test_auto_takes_a_free_card_or_else_the_cpu(card, streets, on_cpu, tmp_path):
-    train = [*TINY, "--data", streets, "--epochs", 1]
-    busy = {**card, "HPU_SIM_BUSY": "1"}
+def test_auto_takes_a_free_card_or_else_the_cpu(card, streets, runs, tmp_path):
+    train, busy = [*TINY, "--data", streets, "--epochs", 1], {**card, "HPU_SIM_BUSY": "1"}
     free, *others = at_once(
         lambda: run("train.py", *train, "--out", tmp_path / "free", env=card),
         lambda: run("train.py", *train, "--out", tmp_path / "busy", env=busy),
-        lambda: run("sample.py", "--checkpoint", on_cpu.out, "--out", tmp_path / "samples.png", env=busy),
-        lambda: run("interpolate.py", "--checkpoint", on_cpu.out, "--out", tmp_path / "walk.png", env=busy))
+        lambda: run("sample.py", "--checkpoint", runs["cpu"].out, "--out", tmp_path / "samples.png", env=busy),
+        lambda: run("interpolate.py", "--checkpoint", runs["cpu"].out, "--out", tmp_path / "walk.png", env=busy))
     assert "1 × hpu" in free.stdout and free.stderr == "" and "1 × cpu" in others[0].stdout
     for done in others:
         assert "Device acquire failed" in done.stderr and "CPU" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_importing_a_script_neither_loads_the_plugin_nor_prints(card):
-    code = "import os, sys, prepare_data, train, sample, interpolate; print('habana_frameworks' in sys.modules, 'PT_HPU_LAZY_MODE' in os.environ)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **card}, capture_output=True, text=True)
-    assert done.stdout == "False False\n" and done.stderr == ""

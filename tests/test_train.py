@@ -375,7 +375,7 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(pack, tmp_path):
     words = [*RUN, "--epochs", 100_000, "--log-every", 10, "--data", pack, "--out", out]
     with Training(command("train.py", *words)) as training:
         training.until(r"\[30/")
-        limit(4096)
+        limit(100)
         training.until("warning: nothing saved in .*: File too large; training continues")
         training.until("Loss_D")
         kept = [content(out / name)["images"] for name in ("checkpoint.pt", "checkpoint-previous.pt")]
@@ -387,7 +387,7 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(pack, tmp_path):
         for _ in range(3):
             training.until("Loss_D")
         assert "warning: " not in training.text, "it saves again"
-        limit(4096)
+        limit(100)
         training.until("warning: nothing saved")
         training.process.send_signal(signal.SIGTERM)
         assert training.end() == 1, "it ends without having saved"
@@ -401,7 +401,7 @@ def test_a_disk_that_is_full_at_the_start_is_an_error_at_once(pack, tmp_path):
     argv = command("train.py", *RUN, "--data", pack, "--out", tmp_path / "run")
     with Training(["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", *argv]) as training:
         assert training.end() == 2 and "Loss_D" not in training.text
-        assert re.search("^error: nothing saved in .*: File too large$", training.text, re.M), training.text
+        assert re.search("^error: .*File too large$", training.text, re.M), training.text
         assert "Traceback" not in training.text, training.text
 
 
@@ -532,7 +532,7 @@ def test_the_ranks_share_the_frames_of_a_pack(pack):
         parts = [train.find_data(args, rank, world)[0] for rank in range(world)]
         seen = Counter(frame.tobytes() for part in parts for frame in part)
         assert len({len(part) for part in parts}) == 1, "all ranks take equally many steps"
-        assert set(seen) == set(everything) and (seen - everything).total() < world, "at most the last two overlap"
+        assert not seen - everything and (everything - seen).total() < world, "no frame twice"
 
 
 # ---- foreign files and mistakes -------------------------------------------------------------------------------------
@@ -592,7 +592,7 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
             ([*tiny, "--image-size", 64], "is a pack for --image-size 32"),
             ([*tiny, "--data", "nowhere"], "nowhere"),
             ([*tiny, "--data", tmp_path / "a file"], "a file"),
-            ([*tiny, "--data", tmp_path / "other"], "other"),
+            ([*tiny, "--data", tmp_path / "other"], "no images"),
             ([*tiny, "--out", trained], "--resume"),
             ([*tiny, "--out", tmp_path / "a file"], "a file"),
             (["--resume", "--out", trained, "--ngf", 8], "other networks"),
