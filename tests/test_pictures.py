@@ -399,7 +399,7 @@ def test_a_pack_or_sum_that_an_experiment_cannot_use_is_one_line(pack, trained, 
     assert "two cities" in call(sample, *words, "--features", alone, status=2)
     generator = max(trained.glob("generator-0*.pt"))
     assert "no DCGAN discriminator" in call(sample, "--features", pack, "--checkpoint", generator, status=2)
-    for terms, says in (("5 - 5", "cancel out"), ("5 -", "not a sum"), ("5 * 6", "not a sum"), ("5 - x", "not a list")):
+    for terms, says in (("5 - 5", "cancel out"), ("5 -", "not a sum"), ("5 * 6", "not a sum"), ("5 - x", "invalid")):
         assert says in call(sample, *words, "--arithmetic", terms, status=2)
     assert "not allowed with" in call(sample, *words, "--arithmetic", "5", "--score", pack, status=2)
     assert {path.name for path in tmp_path.iterdir()} == {"alone", "empty", "large"}
