@@ -8,7 +8,7 @@ import sys
 import weakref
 
 import pytest
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, run
 
 sys.path.insert(0, str(ROOT))
 
@@ -186,3 +186,17 @@ def test_a_step_is_captured_on_the_stream_of_its_warm_up_while_other_threads_use
     run_steps(train.graphed(lambda frames: streams.append(Capture.stream) or frames.float().mean()))
     assert streams[0] and {*streams, Capture.latest.call["stream"]} == {Capture.stream}
     assert Capture.latest.call["capture_error_mode"] == "thread_local", "a thread pins memory, NCCL's asks for events"
+
+
+# ---- the benchmark --------------------------------------------------------------------------------------------------
+
+def test_a_benchmark_prints_a_row_and_leaves_no_run(pack, tmp_path):
+    words = "--step", 0.3, "--price", 3.06, *TINY, "--device", "cpu", "--data", pack
+    header, line, row = run("tests/bench.py", *words, cwd=tmp_path).stdout.splitlines()
+    assert header.count("|") == line.count("|") == row.count("|") and "| 1 × cpu | 1 × 16 | fp32 |" in row
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_the_benchmark_of_a_gpu_needs_one():
+    assert "no NVIDIA GPU" in run("tests/bench.py", "--gpu", status=2).stderr

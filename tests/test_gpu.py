@@ -29,8 +29,17 @@ SMALL = "--preset naive-64 --image-size 32 --nz 32 --ngf 16 --ndf 16 --batch-siz
 MODES = [["--graph"], ["--compile"], ["--graph", "--compile"]]
 
 
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory):
+    """A pack of 288 drawn streets for images of 32×32, with enough held out for a score."""
+    folder = tmp_path_factory.mktemp("packs") / "streets"
+    run("prepare_data.py", "--demo", 288, "--image-size", 32, "--holdout", 0.4, folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def same_state_for_each_test():
+def same_state_for_each_test(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # training does not set it
     yield
     torch.compiler.reset()
     if torch.cuda.is_available():
@@ -59,14 +68,14 @@ def train_steps(pack, args, first, last, saved=None, seed=0):
 
 
 def test_a_step_on_the_gpu_equals_one_on_the_cpu(monkeypatch):
-    cut_windows = train.cut_windows
-    monkeypatch.setattr(train, "cut_windows", lambda frames, *options: cut_windows(frames.cpu(), *options).to(frames.device))
-    frames, stats = torch.randint(0, 256, (16, 80, 106, 3), dtype=torch.uint8), []
+    cut = train.cut_windows
+    monkeypatch.setattr(train, "cut_windows", lambda frames, *sizes: cut(frames.cpu(), *sizes).to(frames.device))
+    frames, z, stats = torch.randint(0, 256, (16, 80, 106, 3), dtype=torch.uint8), model.latents(range(16), 100), []
     for device in (DEVICE, "cpu"):
         args = train.parse_args(["--preset", "naive-64", "--precision", "fp32", "--device", device])
         dcgan = train.DCGAN(args, train.set_up_device(args))
         with monkeypatch.context() as patch:  # the devices draw other latents from one seed
-            patch.setattr(torch.Tensor, "normal_", lambda z: z.copy_(model.latents(range(len(z)), z.shape[1])))
+            patch.setattr(torch.Tensor, "normal_", lambda tensor: tensor.copy_(z))
             torch.manual_seed(0)
             stats.append(torch.stack([dcgan.step(frames.to(device)).cpu() for _ in range(3)]))
     torch.testing.assert_close(*stats, rtol=1e-3, atol=1e-3)
@@ -74,17 +83,18 @@ def test_a_step_on_the_gpu_equals_one_on_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("mode", MODES, ids=" ".join)
-def test_50_steps_of_a_graph_or_of_compiled_networks_equal_eager_ones(mode, precision, pack):
-    """Up to rounding, which grows in 50 steps. Other frames or other noise would differ as another seed does."""
-    words = "--precision", precision
-    args = arguments(*words, *mode)
-    _, fast = train_steps(pack, args, 0, 50)
-    _, eager = train_steps(pack, arguments(*words), 0, 50)
+def test_50_steps_of_a_graph_equal_those_without_and_compiled_ones_equal_eager_ones(mode, precision, pack):
+    """Up to rounding, which grows in 50 steps. Other noise would differ more than another seed, old frames by 0.25."""
+    slow, words = mode[1:], ["--precision", precision]  # without --graph; without --compile
+    _, stats = train_steps(pack, arguments(*words, *mode), 0, 50)
+    torch.compiler.reset()
+    _, expected = train_steps(pack, arguments(*words, *slow), 0, 50)
     _, other = train_steps(pack, arguments(*words), 0, 50, seed=1)
-    first, late, seeds = ((a - b).abs().mean().item() for a, b in
-                          ((fast[:10], eager[:10]), (fast[10:], eager[10:]), (other[10:], eager[10:])))
-    print(f"{mode} {precision}: mean difference {first:.2g} in the first ten steps, {late:.2g} later, seeds {seeds:.2g}")
-    assert first < (1e-3 if precision == "fp32" else 2e-2) and late < seeds / 4
+    pairs = (stats[:10], expected[:10]), (stats[10:], expected[10:]), (other[10:], expected[10:])
+    first, late, seeds = ((a - b).abs().mean().item() for a, b in pairs)
+    print(f"{mode} {precision}: mean difference {first:.2g} in ten steps, {late:.2g} later, other seed {seeds:.2g}")
+    assert first < (1e-3 if precision == "fp32" else 3e-3)
+    assert late < seeds / (10 if "--graph" in mode else 4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -94,9 +104,9 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(mode, precision, pack)
     _, whole = train_steps(pack, args, 0, 20)
     dcgan, before = train_steps(pack, args, 0, 10)
     _, after = train_steps(pack, args, 10, 20, {**dcgan.state_dict(), "step": 10})
-    print(f"{mode} {precision}: differences {(before - whole[:10]).abs().max():.2g}, {(after - whole[10:]).abs().max():.2g}")
-    tolerance = 5e-3 if precision == "fp32" else 5e-2  # without Adam's moments it differs by 0.1 and more
-    assert (after - whole[10:]).abs().mean() < tolerance
+    noise, difference = (before - whole[:10]).abs().mean(), (after - whole[10:]).abs().mean()
+    print(f"{mode} {precision}: mean difference {noise:.2g} of two runs, {difference:.2g} after resuming")
+    assert difference < 0.005, "one without Adam's moments differs by 0.06, one that is a step off by 0.03"
 
 
 @pytest.mark.parametrize("mode", [[], *MODES], ids=" ".join)
@@ -113,7 +123,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint_which_resumes(mode, pack, tmp_path
         process.kill()
     images = model.load_file(tmp_path / "run" / "checkpoint.pt")["images"]
     assert process.returncode == 143 and images >= 20 * 32
-    done = run("train.py", *words, "--epochs", images // 96 + 2)
+    done = run("train.py", *words, "--epochs", images // 64 + 2)
     assert f"image {images:,} of" in done.stdout and "is at image" in done.stdout
 
 
@@ -123,9 +133,11 @@ def test_pictures_and_scores_are_those_of_the_cpu(trained, pack, tmp_path):
         words = "--checkpoint", trained, "--device", device
         run("sample.py", *words, "--seeds", "0-15", "--out", tmp_path / f"{device}.png")
         run("interpolate.py", *words, "--frames", 4, "--out", tmp_path / f"{device}-scene.png")
-        pictures.append([np.array(Image.open(tmp_path / f"{device}{name}.png")).astype(int) for name in ("", "-scene")])
-        scores.append([float(number) for number in re.findall(r"\d+\.\d+", run("sample.py", *words, "--score", pack).stdout)])
-    assert max(np.abs(a - b).max() for a, b in zip(*pictures)) <= 3, "TF32 rounds to ten bits"
+        pictures += [np.array(Image.open(tmp_path / f"{device}{name}.png")).astype(int) for name in ("", "-scene")]
+        done = run("sample.py", *words, "--score", pack)
+        scores.append([float(figure) for figure in re.findall(r"\d+\.\d+", done.stdout)])
+    differences = [np.abs(a - b).max() for a, b in zip(pictures[:2], pictures[2:])]
+    assert max(differences) <= 3, "TF32 rounds to ten bits"
     assert len(scores[0]) > 1 and scores[0] == pytest.approx(scores[1], rel=0.02, abs=0.02)
 
 
@@ -133,8 +145,9 @@ def test_pictures_and_scores_are_those_of_the_cpu(trained, pack, tmp_path):
 @pytest.mark.parametrize("mode", [[], ["--graph"]], ids=" ".join)
 def test_two_processes_train_and_end(mode, pack, tmp_path):
     arguments(*mode)
-    words = command("train.py", *SMALL, *mode, "--data", pack, "--out", tmp_path / "run", "--epochs", 20, "--log-every", 5)
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words[1:]]
+    words = *SMALL, *mode, "--data", pack, "--out", tmp_path / "run", "--epochs", 20, "--log-every", 5
+    python, *script = command("train.py", *words)
+    argv = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"on 2 × {DEVICE}" in done.stdout and "is at image" in done.stdout
@@ -150,7 +163,8 @@ def test_each_preset_fits_into_the_memory(preset, mode, capsys):
     small = ["--batch-size", "4", "--ngf", "4", "--ndf", "4"] if DEVICE == "cpu" else []
     args = train.parse_args(["--preset", preset, "--device", DEVICE, *small, *mode])
     dcgan = train.DCGAN(args, train.set_up_device(args))
-    step, (height, width) = train.graphed(dcgan.step) if args.graph else dcgan.step, prepare_data.frame_size(args.image_size)
+    step = train.graphed(dcgan.step) if args.graph else dcgan.step
+    height, width = prepare_data.frame_size(args.image_size)
     frames = torch.zeros(args.batch_size, height, width, 3, dtype=torch.uint8, device=DEVICE)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
