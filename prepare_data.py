@@ -32,6 +32,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Gaudi's plugin is not needed here
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -43,7 +43,7 @@ from prepare_data import find_pack, open_pack
 DEMO = dict(preset="demo-64", epochs=1000, minutes=4.5, save_minutes=1)  # without --data and --preset
 STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")  # of a step, in this order
 SCORES = ("images", "score", "coverage", "score of real images", "coverage of real images", "D(held out)")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's, which is off in fp32
 EMA_HALF_LIFE = 5000  # images, as StyleGAN counts it: after them the average of G has forgotten half of its weights
 
 
@@ -211,8 +211,8 @@ class DCGAN:
 
     def autocast(self):
         """A new context for each forward pass: it caches weights in bf16, which an optimizer's step makes stale."""
-        dtype = DTYPES[self.device.precision]
-        return torch.autocast(self.device.kind, dtype, enabled=dtype != torch.float32)
+        precision = self.device.precision
+        return torch.autocast(self.device.kind, DTYPES[precision], enabled=precision != "fp32")
 
     def logits(self, images):
         """D's float32 logits (N,) of images, with the shifts and the noise that D always sees."""
@@ -240,8 +240,7 @@ class DCGAN:
         for norm in self.G_ema.main[1:-2:3]:
             norm.reset_running_stats()
             norm.momentum = 1.0  # takes the statistics of the batch as they are
-        z = latents(range(512), self.args.nz, self.args.latent)
-        self.G_ema.train()(z.to(self.device.kind))
+        self.G_ema.train()(latents(range(512), self.args.nz, self.args.latent).to(self.device.kind))
         return self.G_ema.eval()
 
     @torch.no_grad()
@@ -269,6 +268,9 @@ class DCGAN:
             groups = optimizer.state_dict()["param_groups"]
             groups[0]["step"] = saved["step"]  # Gaudi's AdamW counts steps here, torch's with each parameter
             state = {i: {**each, "step": torch.tensor(float(saved["step"]))} for i, each in saved[name].items()}
+            for weight, moments in zip(optimizer.param_groups[0]["params"], state.values()):
+                for key in ("exp_avg", "exp_avg_sq"):  # fused kernels need the layout of the weights
+                    moments[key] = torch.empty_like(weight, device="cpu").copy_(moments[key])
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         if saved["scaler"]:  # it was fp16
             self.scaler.load_state_dict(saved["scaler"])
@@ -319,8 +321,7 @@ def set_up_device(args, local_rank=0):
         device.backend, device.compiler, device.precision = "hccl", "hpu_backend", "bf16"
         device.layout = torch.contiguous_format     # Gaudi chooses its own
         device.AdamW, device.adam = FusedAdamW, {}  # in lazy mode its step cuts the graph before and after itself
-    if args.precision != "auto":
-        device.precision = args.precision
+    device.precision = device.precision if args.precision == "auto" else args.precision
     if device.kind != "cuda" and (args.graph or device.precision == "fp16"):
         raise InputError("--graph and --precision fp16 are for NVIDIA GPUs: leave them out")
     if device.kind != "hpu" and (args.bf16_ops or args.fp32_ops):
@@ -330,8 +331,9 @@ def set_up_device(args, local_rank=0):
 
 def graphed(step):
     """The step as one CUDA graph, replayed by one launch (PyTorch's CUDA semantics, "whole-network capture")."""
-    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
-    graph, static, calls = torch.cuda.CUDAGraph(), None, 0
+    graph, stream, static, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), None, 0
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_stream(stream)  # the default stream cannot be recorded
 
     def replay(frames):
         nonlocal static, calls
@@ -339,7 +341,7 @@ def graphed(step):
         if calls <= 5:  # warm-up, with real steps
             return step(frames)
         if static is None:
-            frames_in, stream = frames.clone(), torch.cuda.current_stream()
+            frames_in = frames.clone()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # a thread pins memory
                 static = frames_in, step(frames_in)
         static[0].copy_(frames)
@@ -441,24 +443,22 @@ class Reporter:
         """Score G. The best has the smallest score among those with at least half the coverage of real images."""
         figures = *self.score(G, self.args.latent), *self.score.real, self.model.d_held_out(self.pack.holdout)
         score, coverage, real_score, real_coverage, held_out = (round(figure, 4) for figure in figures)
-        images = generator["images"]
-        print(f"image {images:,}: score {score:.1f} (real images {real_score:.1f}), coverage {coverage:.2f} "
-              f"(real images {real_coverage:.2f}), D(held out) {held_out:.4f}", flush=True)
-        self.show({"score": score, "coverage": coverage, "D(held out)": held_out}, images)
+        print(f"image {generator['images']:,}: score {score:.1f} (real images {real_score:.1f}), "
+              f"coverage {coverage:.2f} (real images {real_coverage:.2f}), D(held out) {held_out:.4f}", flush=True)
+        self.show({"score": score, "coverage": coverage, "D(held out)": held_out}, generator["images"])
         best = min((row[1] for row in self.scores if row[2] >= real_coverage / 2), default=math.inf)
         if coverage >= real_coverage / 2 and score < best:
             save(self.out / "generator-best.pt", generator)
-        self.scores.append([images, score, coverage, real_score, real_coverage, held_out])
-        table = "".join(",".join(map(str, row)) + "\n" for row in [SCORES, *self.scores])
-        (self.out / "scores.csv").write_text(table)
+        self.scores.append([generator["images"], score, coverage, real_score, real_coverage, held_out])
+        (self.out / "scores.csv").write_text("".join(f"{','.join(map(str, row))}\n" for row in [SCORES, *self.scores]))
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 def main(argv=None):
     args = parse_args(argv)
     ends = time.monotonic() + 60 * (args.minutes or math.inf)
-    torchrun = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in torchrun)
+    rank, local_rank, world = (int(os.environ.get(*pair)) for pair in
+                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # from torchrun
     device = set_up_device(args, local_rank)
     frames, pack = find_data(args, rank, world)
     newest, previous = Path(args.out, "checkpoint.pt"), Path(args.out, "checkpoint-previous.pt")

@@ -178,6 +178,27 @@ def test_a_step_equals_the_plain_loop_to_rounding():
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
 
 
+def test_moments_of_another_memory_layout_continue_the_same():
+    """Gaudi saves them contiguous, and fused AdamW reads them in the layout of the weights."""
+    args = train.parse_args([*TINY, "--data", "", "--device", "cpu"])
+    frames = torch.randint(0, 256, (16, 40, 54, 3), dtype=torch.uint8)
+    first = train.DCGAN(args, train.set_up_device(args))
+    first.step(frames)
+    saved = {**copy.deepcopy(first.state_dict()), "step": 1}
+    contiguous = copy.deepcopy(saved)
+    for moments in (*contiguous["opt_G"].values(), *contiguous["opt_D"].values()):
+        moments.update({key: moments[key].contiguous() for key in ("exp_avg", "exp_avg_sq")})
+    ends = []
+    for state in (saved, contiguous):
+        dcgan = train.DCGAN(args, train.set_up_device(args))
+        dcgan.load_state_dict(state)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            dcgan.step(frames)
+        ends.append(dcgan.state_dict()["D"]["main.2.weight"])
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("straight", ["one stretch"], indirect=True)
 def test_a_run_learns_and_logs_the_line_that_everybody_knows(straight, pack):
     out, text, _ = straight
