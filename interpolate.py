@@ -1,4 +1,4 @@
-"""Move through the latent space of a trained generator in a loop, as a moving picture or as a strip.
+"""Draw a loop through the latent space of a trained generator, as an animation or as a strip of pictures.
 
     python interpolate.py                                            # scene.gif: six latents of the newest run
     python interpolate.py --seeds 7,40,12,3 --frames 40 --scale 4    # from seed 7 to 40, 12, 3 and back to 7
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, help="a run's folder or a file in it (default: the newest run in runs/)")
-    add("--seeds", type=seed_list, help="latents to visit, shared out to the scenes in order (default: six per scene)")
+    add("--seeds", type=seed_list, help="seeds to visit, divided among the scenes in order (default: six per scene)")
     add("--frames", type=int, help="frames from one latent to the next (default: 25, or 4 in a .png)")
     add("--fps", type=int, default=25, help="frames per second (default: %(default)s)")
     add("--grid", type=grid_size, default="1x1", help="columns and rows of scenes (default: %(default)s)")
@@ -63,9 +63,9 @@ def parse_args(argv=None):
     if kind not in (".gif", ".webp", ".png"):
         parser.error(f"--out {args.out}: name a .gif or .webp file, or a .png file for a strip")
     if min(args.frames, args.scale, args.fps) < 1 or args.fps > 50:
-        parser.error("--frames, --scale and --fps start at 1, and --fps ends at 50, the limit of a GIF")
+        parser.error("--frames, --scale and --fps must be at least 1, and --fps at most 50, the limit of a GIF")
     if len(args.seeds) == 0 or len(args.seeds) % scenes:
-        parser.error(f"{len(args.seeds)} seeds cannot be shared out to {scenes} scenes: name a multiple of {scenes}")
+        parser.error(f"{len(args.seeds)} seeds cannot be divided among {scenes} scenes: name a multiple of {scenes}")
     return args
 
 

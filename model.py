@@ -1,4 +1,4 @@
-"""The networks, and everything that the scripts share. It needs torch alone: copy this file into your own project and
+"""The networks, and everything that the scripts share. It needs only torch: copy this file into your own project and
 
     from model import latents, load_generator
     G, latent = load_generator("runs/naive-64")      # or netG_epoch_24.pth from pytorch/examples
@@ -23,7 +23,7 @@ NAIVE = dict(image_size=64, kernel_size=4, nz=100, ngf=64, ndf=64, latent="norma
              lr=2e-4, beta1=0.5, weight_decay=0.0, instance_noise=0.0, augment=False, mirror=False)
 PRESETS = {
     "naive-64": NAIVE,                                                   # the sizes of pytorch/examples
-    "radford-64": dict(NAIVE, kernel_size=5, ngf=128, ndf=128, latent="uniform"),   # the paper to the letter
+    "radford-64": dict(NAIVE, kernel_size=5, ngf=128, ndf=128, latent="uniform"),   # as in the paper
     "clamp-64": dict(NAIVE, nz=256, ngf=256, batch_size=256),            # a strong G against a weak D
     "safe-128": dict(NAIVE, image_size=128, nz=128, ngf=128, ndf=32, batch_size=256, weight_decay=0.05,
                      instance_noise=0.05),
@@ -113,8 +113,8 @@ def cut_windows(frames, image_size, mirror=False, generator=None):
     write-up's cropping, down-scaling and translation in one batched operation. `mirror` flips half of the windows.
     """
     N, H, W, _ = frames.shape
-    side, top, left, flip = torch.rand(4, N, 1, device=frames.device, generator=generator)
-    side = image_size + side * (H - image_size)
+    size, top, left, flip = torch.rand(4, N, 1, device=frames.device, generator=generator)  # (N, 1) each, 0 to 1
+    side = image_size + size * (H - image_size)  # (N, 1) in pixels of the frame
     ticks = (torch.arange(image_size, device=frames.device) + 0.5) / image_size  # pixel centres, 0 to 1 in the window
     y = (top * (H - side) + ticks * side) * (2 / H) - 1  # (N, S), -1 to 1 across the frame, as grid_sample wants it
     x = torch.where(flip < 0.5, 1 - ticks, ticks) if mirror else ticks
@@ -171,9 +171,10 @@ def random_patches(images, generator):
 
 def sorted_projections(patches, generator):
     """Patches (M, 3, 49), normalised per channel, along 128 random directions: (128, M), each row sorted."""
-    patches = (patches - patches.mean((0, 2), keepdim=True)) / patches.std((0, 2), keepdim=True)
-    directions = F.normalize(torch.randn(128, 147, generator=generator))
-    projected = directions @ patches.flatten(1).T
+    mean, square = patches.mean((0, 2)), patches.square().mean((0, 2))
+    directions = F.normalize(torch.randn(128, 147, generator=generator)).unflatten(1, (3, 49))
+    directions /= (square - mean.square()).sqrt()[:, None]  # normalising these is faster than normalising the patches
+    projected = directions.flatten(1) @ patches.flatten(1).T - directions.sum(2) @ mean[:, None]
     projected.numpy().sort(axis=1)  # in place; torch.sort also makes indices, and takes ten times as long
     return projected
 
@@ -208,11 +209,11 @@ class Score:
         self.D = Discriminator(self.image_size, ndf=16).apply(init_weights).eval().requires_grad_(False)
         self.held_out = self.describe(spread_windows(pack.holdout, self.images, self.image_size))
         real_features = self.held_out[1]
-        self.radius = torch.cdist(real_features, real_features).kthvalue(6, dim=2).values  # itself is the first
+        self.radius = torch.cdist(real_features, real_features).kthvalue(6, dim=2).values  # the first is itself
         self.real = self.compare(self.describe(spread_windows(pack.train, self.images, self.image_size)))
 
     def describe(self, batches):
-        """Images → sorted projections of each scale, and features (windows per frame, frames, 3840 at 64 pixels)."""
+        """Images → sorted projections per scale, and features (k, frames, d): group i has each frame's i-th window."""
         generator, described, levels = torch.Generator().manual_seed(0), [], []
         for images in batches:
             described.append(features(self.D, images))
@@ -253,10 +254,10 @@ def choose_device(name="auto"):
         except Exception as error:  # no card, all cards busy, or a driver that does not fit
             problem["hpu"] = f"no Gaudi card can be used: {one_line(error)}"
             if name == "auto":
-                print(f"warning: {problem['hpu']}; the CPU takes its place", file=sys.stderr)
+                print(f"warning: {problem['hpu']}; using the CPU", file=sys.stderr)
     if name in ("auto", "cpu"):
         return torch.device("cpu")
-    raise InputError(f"--device {name}: {problem[name]}")
+    raise InputError(f"--device {name}: {problem[name]}. On a CPU use --device cpu")
 
 
 def one_line(error):
@@ -271,11 +272,11 @@ def load_file(path):
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # a cut or foreign file makes pickle, zip and torch raise many kinds
-        raise InputError(f"{path} is damaged or is no checkpoint ({type(error).__name__})") from error
+        raise InputError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from error
 
 
 def find_file(path, *names):
-    """`path` if it is a file, or the first of `names` in the folder `path`. None stands for the newest run in runs/."""
+    """`path` if it is a file, or the first of `names` in the folder `path`. None means the newest run in runs/."""
     if path is None:
         saved = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
         if not saved:
@@ -333,14 +334,15 @@ def seed_list(text):
 
 def run_script(main):
     """Call a script's main(). A user's mistake, a full disk or too little memory gives one line and exit status 2."""
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # unwinds
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))  # unwinds
     try:
         return main()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     except (InputError, OSError) as error:
         problem = error
     except (RuntimeError, MemoryError) as error:  # torch raises another RuntimeError on each device
+        if isinstance(error.__context__, SystemExit):  # a signal that interrupts a lock makes the lock raise this
+            raise error.__context__ from None
         if "memory" not in f"{type(error).__name__} {error}".lower():
             raise
         problem = "out of memory: choose a smaller --batch-size, smaller networks or fewer pictures"

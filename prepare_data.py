@@ -53,7 +53,7 @@ MSLS = re.compile(r"(?:^|/)((?:(?:train_val|test)/)?[^/]+/(?:query|database)/(?:
 FLAGS = {"panorama": ("pano", "true"), "night": ("night", "true"), "control_panel": ("control_panel", "true"),
          "sideways": ("view_direction", "sideways")}
 COLUMNS = {"sequence_key", "sequence_id", "frame_number", *(column for column, _ in FLAGS.values())}
-# number: position in the sequence. read(): the bytes of an image file, or a PIL image.
+# number: position in the sequence. read(): the bytes of an image file, or a PIL image. [:2] identifies a sequence.
 Frame = namedtuple("Frame", "city sequence number path read")
 
 
@@ -73,12 +73,12 @@ def list_files(sources, skipped):
     """
     found, files = [], {}
     for source in sources:
-        parent = len(os.path.join(os.path.dirname(source), ""))
+        parent = os.path.join(os.path.dirname(source), "")
         for full, read in list_folder(source, skipped) if os.path.isdir(source) else list_archive(source, skipped):
             if full.lower().endswith((*IMAGES, ".csv")):
                 msls = MSLS.search(full)
                 patches = full[:msls.start(1)].lower().count("patch") if msls else 0
-                found.append((patches, msls[1] if msls else full[parent:], read))
+                found.append((patches, msls[1] if msls else full.removeprefix(parent), read))
     for _, path, read in sorted(found, key=lambda file: file[0]):
         if path in files:
             skipped.append((path, "replaced by another file with the same path"))
@@ -181,8 +181,8 @@ def find_frames(files, cities, exclude, skipped):
     for city, n in (+missing).items():
         print(f"{city}: {n:,} of {listed[city]:,} listed images are missing (is a volume missing or damaged?)")
     if alone:
-        print(f"{alone:,} images have no sequence (for MSLS, add msls_metadata.zip): panoramas and near-duplicates "
-              "stay, and neighbours can be in both splits")
+        print(f"{alone:,} images have no sequence (for MSLS, add msls_metadata.zip). Panoramas and near-duplicates "
+              "among them are kept, and similar images can be in both splits.")
     return frames
 
 
@@ -211,7 +211,7 @@ def decode(picture, H, W):
     if isinstance(picture, bytes):
         picture = Image.open(io.BytesIO(picture), formats=DECODERS)
     if min(picture.size) < 16 or picture.mode.startswith(("I", "F")):  # PIL clips 16 bits to 8
-        raise ValueError(f"{picture.width}×{picture.height} pixels of mode {picture.mode} are no photograph")
+        raise ValueError(f"not a photograph: {picture.width}×{picture.height} pixels of mode {picture.mode}")
     picture.draft(None, (W, W))  # decodes a JPEG at 1/2, 1/4 or 1/8; not (W, H) because EXIF can rotate it
     ImageOps.exif_transpose(picture, in_place=True)
     return ImageOps.fit(picture.convert("RGB"), (W, H), Image.Resampling.HAMMING)  # 2/3 of bicubic's time, as sharp
@@ -387,7 +387,7 @@ def prepare(args):
         raise InputError(f"{args.out} exists already: choose another OUT, or delete it")
     for source in args.sources:
         if not os.path.isdir(source) and not zipfile.is_zipfile(source):
-            raise InputError(f"no folder or complete .zip archive {source}: name the folder that contains the images")
+            raise InputError(f"{source} is not a folder or a complete .zip archive: name the folder with the images")
     skipped = []
     if args.demo:
         frames = demo_frames(args.demo, args.seed, args.image_size)
@@ -452,8 +452,9 @@ def find_pack(data, image_size, out="packs"):
     """The Path of a pack of `data`: a pack, images, or None for drawn streets. Images are prepared once, in `out`."""
     if data and Path(data, "pack.json").exists():
         return Path(data)
-    sources, what = [str(Path(data).resolve())] if data else [], data or "drawn streets"
-    pack = Path(out, f"{Path(sources[0]).name.removesuffix('.zip') if data else 'demo'}-{image_size}")
+    sources = [str(Path(data).resolve())] if data else []
+    what, name = (data, Path(sources[0]).name.removesuffix(".zip")) if data else ("drawn streets", "demo")
+    pack = Path(out, f"{name}-{image_size}")
     if not pack.exists():
         print(f"preparing {pack} from {what}", flush=True)
         prepare(parse_args([*(sources or ["--demo", str(DEMO_STREETS)]), str(pack), "--image-size", str(image_size)]))
@@ -474,14 +475,14 @@ def parse_args(argv=None):
     add("sources", nargs="*", type=os.path.abspath, metavar="SOURCE", help="folder or .zip archive with images")
     add("out", type=Path, metavar="OUT", help="folder of the new pack")
     add("--image-size", type=int, choices=(32, 64, 128, 256), default=64, help="side of a training image (default: 64)")
-    add("--cities", **names, default=[], help="use only the cities in these folders (default: all)")
+    add("--cities", **names, default=[], help="use only the cities with these folder names (default: all)")
     add("--exclude", **names, default=["panorama"],
         help=f'leave out images that MSLS marks as {", ".join(FLAGS)}; "" leaves out none (default: panorama)')
-    add("--holdout", type=float, default=0.25, metavar="P", help="share of sequences held out (default: 0.25)")
-    add("--limit", type=int, metavar="N", help="stop at N images, a random sample of the sequences (default: all)")
+    add("--holdout", type=float, default=0.25, metavar="P", help="share of sequences to hold out (default: 0.25)")
+    add("--limit", type=int, metavar="N", help="stop after N images; sequences are in random order (default: all)")
     add("--duplicates", type=int, default=4, metavar="BITS",
-        help="leave out an image if its 64-bit hash is within BITS bits of the last one; 0 keeps all (default: 4)")
-    add("--seed", type=int, default=0, metavar="N", help="for the order of sequences and drawn streets (default: 0)")
+        help="leave out an image if its 64-bit hash is within BITS bits of the one before it; 0 keeps all (default: 4)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the order and of drawn streets (default: 0)")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads (default: one per core)")
     add("--demo", type=int, metavar="N", help="draw N frames of streets, without SOURCE (default: off)")
     args = parser.parse_intermixed_args(argv)

@@ -3,13 +3,13 @@
     python sample.py                                             # samples.png: seeds 0-63 of the newest run
     python sample.py --checkpoint runs/naive-64 --seeds 7,40-54 --scale 4 --out favourites.png
     python sample.py --n 50000 --separate --out fakes            # fakes/00000000.png, … one file per seed
-    python sample.py --score packs/streets                       # distance from held-out images, and coverage of them
+    python sample.py --score packs/streets                       # score and coverage of held-out images
     python sample.py --arithmetic "3,8,21 - 5,9,30 + 2,14,40"    # arithmetic.png: sums of mean latents
     python sample.py --nearest packs/streets                     # nearest.png: does G copy training images?
     python sample.py --features packs/streets                    # how well do D's features predict a frame's city?
 
 --checkpoint takes a run's folder, a file in it, or a netG_*.pth of pytorch/examples (without D, so no --features).
-The sections below are those of the paper: Radford, Metz, Chintala 2015, https://arxiv.org/abs/1511.06434
+Sections in this file are those of the DCGAN paper: Radford, Metz, Chintala 2015, https://arxiv.org/abs/1511.06434
 """
 import argparse
 import csv
@@ -49,10 +49,10 @@ def parse_args(argv=None):
     seeds.add_argument("--seeds", type=seed_list, default="0-63", help="seeds of the pictures (default: %(default)s)")
     seeds.add_argument("--n", type=int, help="number of pictures: seeds 0 to N-1")
     add("--scale", type=int, default=1, help="enlarge the pictures by this factor (default: %(default)s)")
-    add("--out", type=Path, help="file, or folder with --separate (default: samples, arithmetic or nearest)")
+    add("--out", type=Path, help="file, or folder with --separate (default: samples, arithmetic or nearest .png)")
     add("--device", choices=DEVICES, default="auto", help="where to compute (default: %(default)s)")
     add = parser.add_argument_group("instead of one grid").add_mutually_exclusive_group().add_argument
-    add("--separate", action="store_true", help="write one PNG per seed, named after the seed, to the folder --out")
+    add("--separate", action="store_true", help="write one PNG per seed to the folder --out (default: samples)")
     add("--score", type=Path, metavar="PACK", help="compare generated images with the held-out images of this pack")
     add("--arithmetic", type=terms_of_sum, metavar="SUM", help="add and subtract means of seeds: '3,8 - 5,9 + 2'")
     add("--nearest", type=Path, metavar="PACK", help="draw each seed beside the most similar part of a training frame")
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     if args.n is not None:
         args.seeds = range(args.n)
     if len(args.seeds) == 0 or args.scale < 1:
-        parser.error("--n and --scale start at 1, and a range in --seeds ascends")
+        parser.error("--n and --scale must be at least 1, and a range in --seeds must ascend")
     if args.out and not args.separate and args.out.suffix.lower() not in (".png", ".jpg", ".webp"):
         parser.error(f"--out {args.out}: name a .png, .jpg or .webp file, or add --separate to write to a folder")
     return args
@@ -143,7 +143,7 @@ def save_arithmetic(G, latent, args):
     columns.append(torch.zeros(0, G.nz))  # the gap
     noise = torch.rand(3, 3, G.nz, generator=torch.Generator().manual_seed(0)) / 2 - 0.25
     noise[1, 1] = 0
-    columns += combine(args.arithmetic, G.nz, latent) + noise
+    columns += list(combine(args.arithmetic, G.nz, latent) + noise)  # three columns of three latents
 
     rows, side = max(len(z) for z in columns), G.image_size * args.scale
     sheet = torch.zeros(rows, len(columns), 3, side, side, dtype=torch.uint8)

@@ -1,14 +1,13 @@
 """Train a DCGAN (Radford, Metz, Chintala 2015, https://arxiv.org/abs/1511.06434) on street scenes.
 
-    python train.py                                      # draws its own streets: five minutes on a laptop
+    python train.py                                      # draws its own streets: five minutes on two CPU cores
     python train.py --data packs/msls --preset clamp-64 --minutes 480
     python train.py --device hpu --data /mnt/gp3/msls    # raw images are prepared first, once
-    torchrun --nproc-per-node 8 train.py --device hpu --data packs/msls --resume
-    python train.py --data packs/msls --resume           # continue where the run stopped, or start it
+    torchrun --nproc-per-node 8 train.py --device hpu --data packs/msls --resume      # continue the run, or start it
 
 A run is a folder: checkpoint.pt and the one before it, generator-best.pt, a few generator-<images>.pt,
 samples/<images>.png, scores.csv, args.json and TensorBoard's events (tensorboard --logdir runs).
-To change the loss, see DCGAN.step; the data, batches; to add a device, set_up_device.
+Change the loss in DCGAN.step, devices in choose_device and set_up_device, data sources in prepare_data.list_files.
 """
 import argparse
 import copy
@@ -41,33 +40,32 @@ from model import (DEVICES, PRESETS, Discriminator, Generator, InputError, Score
 from prepare_data import find_pack, open_pack
 
 DEMO = dict(preset="demo-64", epochs=1000, minutes=4.5, save_minutes=1)  # without --data and --preset
-STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")  # of a step, in this order
+STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")  # of a step; 1 and 2: before and after D's update
 SCORES = ("images", "score", "coverage", "score of real images", "coverage of real images", "D(held out)")
-DTYPES = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's, which is off in fp32
-EMA_HALF_LIFE = 5000  # images, as StyleGAN counts it: after them the average of G has forgotten half of its weights
+DTYPES = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's; fp32 turns it off
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    """The command line overrides the resumed run's args.json, which overrides the preset."""
+    """The command line overrides the resumed run's args.json, which overrides the preset. A mistake exits with 2."""
     parser = argparse.ArgumentParser(usage="train.py [options]", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", help="a pack, an MSLS tree, or any folder of images (default: drawn streets)")
-    add("--preset", choices=PRESETS, help="defaults of the second group (default: naive-64; without --data demo-64)")
+    add("--preset", choices=PRESETS, help="sets the second group (default: naive-64; demo-64 without --data)")
     add("--out", help="the run's folder (default: runs/<preset>)")
     add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
     add("--device", choices=DEVICES, default="auto", help="auto (default) takes a GPU, a Gaudi card, or the CPU")
     add("--epochs", type=int, default=25, help="passes over the training frames (default: 25)")
-    add("--minutes", type=float, help="stop after this time, with everything saved (default: no limit)")
+    add("--minutes", type=float, help="save and stop after this time, or after --epochs (default: no limit)")
     add("--seed", type=int, default=0, help="seed of the weights, the order of frames and the noise (default: 0)")
-    add("--precision", choices=("auto", *DTYPES), default="auto", help="auto (default): the fastest that is safe")
+    add("--precision", choices=("auto", *DTYPES), default="auto", help="auto (default): bf16 if the device has it")
     add("--bf16-ops", "--hmp-bf16", metavar="FILE", help="on hpu: the ops to run in bf16, one name per line")
     add("--fp32-ops", "--hmp-fp32", metavar="FILE", help="on hpu: the ops to run in fp32, one name per line")
     add("--compile", action="store_true", help="compile the networks with torch.compile (on hpu: in eager mode)")
     add("--graph", action="store_true", help="on cuda: record a step as one CUDA graph, and replay it")
     add("--save-minutes", type=float, default=5, help="time between checkpoints, samples and scores (default: 5)")
-    add("--log-every", type=int, default=50, help="steps between log lines, which wait for the device (default: 50)")
+    add("--log-every", type=int, default=50, help="steps from one log line to the next, which waits for the device")
     add = parser.add_argument_group("set by the preset").add_argument
     add("--image-size", type=int, choices=(32, 64, 128, 256), help="size of the images in pixels")
     add("--kernel-size", type=int, choices=(4, 5), help="4 as in pytorch/examples, 5 as in the paper")
@@ -92,9 +90,9 @@ def parse_args(argv=None):
     parser.set_defaults(**{**PRESETS[defaults["preset"]], **defaults, "out": str(out)})
     args = parser.parse_args(argv)
     least = dict(epochs=1, batch_size=2, nz=1, ngf=1, ndf=1, log_every=1, seed=0, lr=0, beta1=0, weight_decay=0)
-    wrong = [name for name, value in least.items() if not getattr(args, name) >= value]
-    if wrong or args.beta1 >= 1:
-        parser.error(f"--{(wrong or ['beta1'])[0].replace('_', '-')} is out of range")
+    for name, value in least.items():
+        if not getattr(args, name) >= value:  # not a number fails too
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: choose {value} or more")
     return args
 
 
@@ -105,14 +103,14 @@ def find_data(args, rank, world):
         raise InputError("several processes need a pack: run prepare_data.py first, and name its output with --data")
     pack = open_pack(find_pack(args.data, args.image_size))
     if pack.image_size != args.image_size:
-        raise InputError(f"{pack.folder} is a pack for --image-size {pack.image_size}, not {args.image_size}")
+        raise InputError(f"{pack.folder} is a pack for --image-size {pack.image_size}: choose a preset of that size")
     n = len(pack.train) // world
     if args.batch_size > n:
         raise InputError(f"--batch-size {args.batch_size} is more than the {n} training frames of a process")
     return pack.train[rank * n:rank * n + n], pack
 
 
-def split_frames(frames, batch_size):
+def cut_stretches(frames, batch_size):
     """(stretches [(start, stop), …] of about 256 MB and at least eight batches, steps per epoch)."""
     n = max(1, min(frames.nbytes >> 28, len(frames) // (8 * batch_size)))
     bounds = np.linspace(0, len(frames), n + 1).astype(int)
@@ -120,21 +118,21 @@ def split_frames(frames, batch_size):
     return stretches, sum((stop - start) // batch_size for start, stop in stretches)
 
 
-def batches(frames, batch_size, seed, step=0, pin=False):
+def batches(frames, batch_size, seeds, step=0, pin=False):
     """Yield uint8 (batch_size, H, W, 3) on the CPU, without end, as a run sees them from its step `step` on.
 
     Stretches of the memory-mapped frames are read in random order, and the frames of each are shuffled. A pack has its
     sequences in random order, so a stretch samples hundreds of streets. All batches are whole, because Gaudi compiles
     for each shape: an epoch leaves out the rest of a stretch. Two threads read and gather ahead.
     """
-    stretches, steps_per_epoch = split_frames(frames, batch_size)
+    stretches, steps_per_epoch = cut_stretches(frames, batch_size)
 
     def read():
         skip = step % steps_per_epoch  # batches of this epoch that the run has seen
         for epoch in count(step // steps_per_epoch):
-            rng = np.random.default_rng((*seed, epoch))
+            rng = np.random.default_rng((*seeds, epoch))  # seeds: (--seed, rank)
             for start, stop in rng.permutation(stretches):
-                rows = rng.permutation(stop - start)
+                rows = rng.permutation(stop - start)  # of a seen stretch too: the next ones depend on it
                 rows = rows[:len(rows) // batch_size * batch_size].reshape(-1, batch_size)
                 unseen, skip = rows[skip:], max(0, skip - len(rows))
                 if len(unseen):
@@ -145,7 +143,6 @@ def batches(frames, batch_size, seed, step=0, pin=False):
             for row in rows:
                 batch = torch.from_numpy(stretch[row])
                 yield batch.pin_memory() if pin else batch
-
     return read_ahead(gather(), 4)
 
 
@@ -161,7 +158,7 @@ def read_ahead(items, n):
 
 # ---- the networks and a training step -------------------------------------------------------------------------------
 class DCGAN:
-    """G, D, their optimizers, and G_ema, the exponential moving average (EMA) of G's weights, which draws."""
+    """G, D, their optimizers, and G_ema, the exponential moving average (EMA) of G's weights, which draws samples."""
 
     def __init__(self, args, device, world=1):
         self.args, self.device, self.world = args, device, world
@@ -170,7 +167,7 @@ class DCGAN:
         D = Discriminator(args.image_size, args.ndf, 3, args.kernel_size).apply(init_weights)
         self.G, self.D = (net.to(device.kind, memory_format=device.layout) for net in (G, D))
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
-        self.ema_decay = 0.5 ** (args.batch_size * world / EMA_HALF_LIFE)
+        self.ema_decay = 0.5 ** (args.batch_size * world / 5000)  # half-life of 5,000 images; StyleGAN has 10,000
         adam = dict(lr=args.lr, betas=(args.beta1, 0.999), eps=1e-8, weight_decay=args.weight_decay, **device.adam)
         self.opt_G, self.opt_D = (device.AdamW(net.parameters(), **adam) for net in (self.G, self.D))
         self.scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
@@ -205,7 +202,7 @@ class DCGAN:
         with torch.no_grad():
             for average, weight in zip(self.G_ema.parameters(), G.parameters()):
                 average.lerp_(weight, 1 - self.ema_decay)
-        self.update(self.opt_G, loss_G)  # last, because Gaudi's optimizer cuts the graph: a logged step adds none
+        self.update(self.opt_G, loss_G)  # last: on Gaudi it ends the graph, which stats and the EMA are part of
         D.requires_grad_(True)
         return stats
 
@@ -236,10 +233,10 @@ class DCGAN:
 
     @torch.no_grad()
     def sampler(self):
-        """G_ema in eval mode, with the batch-norm statistics of 512 latents. This leaves no trace in the training."""
-        for norm in self.G_ema.main[1:-2:3]:
+        """G_ema in eval mode, with the batch-norm statistics of 512 latents. This does not change the training."""
+        for norm in [layer for layer in self.G_ema.main if isinstance(layer, torch.nn.BatchNorm2d)]:
             norm.reset_running_stats()
-            norm.momentum = 1.0  # takes the statistics of the batch as they are
+            norm.momentum = 1.0  # takes the statistics of the next batch as they are
         self.G_ema.train()(latents(range(512), self.args.nz, self.args.latent).to(self.device.kind))
         return self.G_ema.eval()
 
@@ -256,23 +253,25 @@ class DCGAN:
         return torch.cat(logits).sigmoid().mean().item()
 
     def state_dict(self):
-        """Everything that load_state_dict needs to continue bit for bit: tensors on the CPU, and plain values."""
+        """All that load_state_dict needs but the number of steps: tensors on the CPU, and plain values."""
         nets = {name: getattr(self, name).state_dict() for name in ("G", "D", "G_ema", "scaler")}
         return to_cpu({**nets, "opt_G": self.opt_G.state_dict()["state"], "opt_D": self.opt_D.state_dict()["state"]})
 
     def load_state_dict(self, saved):
-        """Load what state_dict gave, and the count of steps. The optimizers' options stay those of the command line."""
+        """Continue bit for bit from what state_dict gave and the number of steps, with the command line's options."""
         for name in ("G", "D", "G_ema"):
             getattr(self, name).load_state_dict(saved[name])
+        # Gaudi's AdamW counts steps in the group, torch's with each parameter. In fp16 torch's skips some, uncounted.
+        steps, fp16 = float(saved["step"]), saved["scaler"]
         for name, optimizer in (("opt_G", self.opt_G), ("opt_D", self.opt_D)):
             groups = optimizer.state_dict()["param_groups"]
-            groups[0]["step"] = saved["step"]  # Gaudi's AdamW counts steps here, torch's with each parameter
-            state = {i: {**each, "step": torch.tensor(float(saved["step"]))} for i, each in saved[name].items()}
+            groups[0]["step"] = saved["step"]
+            state = {i: {**s, "step": s["step"] if fp16 else torch.tensor(steps)} for i, s in saved[name].items()}
             for weight, moments in zip(optimizer.param_groups[0]["params"], state.values()):
                 for key in ("exp_avg", "exp_avg_sq"):  # fused kernels need the layout of the weights
                     moments[key] = torch.empty_like(weight, device="cpu").copy_(moments[key])
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if saved["scaler"]:  # it was fp16
+        if fp16:
             self.scaler.load_state_dict(saved["scaler"])
 
 
@@ -294,24 +293,24 @@ def to_cpu(value):
 
 # ---- devices --------------------------------------------------------------------------------------------------------
 def set_up_device(args, local_rank=0):
-    """What each kind of device needs, in one place: the defaults, then what CUDA, Gaudi and the CPU change."""
+    """What each kind of device needs, for DCGAN.device: first what suits CPUs, then what CUDA and Gaudi change."""
     if args.compile:
         os.environ["PT_HPU_LAZY_MODE"] = "0"  # Gaudi's eager mode; otherwise choose_device sets lazy mode
-    for file, kind in ((args.bf16_ops, "LOWER_PRECISION"), (args.fp32_ops, "FP32")):
+    for file, list_name in ((args.bf16_ops, "LOWER_PRECISION"), (args.fp32_ops, "FP32")):
         if file:  # Gaudi's plugin reads it when it loads, one name per line, in place of its own list
-            unknown = [op for op in Path(file).read_text().splitlines() if not hasattr(torch.ops.aten, op)]
-            if unknown:
+            names = Path(file).read_text(errors="replace").splitlines()
+            if unknown := [name for name in names if not hasattr(torch.ops.aten, name)]:
                 print(f"warning: {file}: torch does not know {unknown}", file=sys.stderr)
-            os.environ[f"PT_HPU_AUTOCAST_{kind}_OPS_LIST"] = os.path.abspath(file)
+            os.environ[f"PT_HPU_AUTOCAST_{list_name}_OPS_LIST"] = os.path.abspath(file)
     cpu_has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # a private name, which can go
     device = argparse.Namespace(
-        kind=choose_device(args.device).type, precision="bf16" if cpu_has_bf16 else "fp32", backend="gloo",
+        kind=choose_device(args.device).type, precision="bf16" if cpu_has_bf16 else "fp32", backend="gloo", pin=False,
         compiler="inductor", layout=torch.channels_last, AdamW=torch.optim.AdamW, adam=dict(fused=True))
     if device.kind == "cuda":
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True    # shapes never change
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; bf16 is there for speed
-        device.backend = "nccl"
+        torch.backends.cudnn.allow_tf32 = False  # fp32 stays exact; bf16 is for speed
+        device.backend, device.pin = "nccl", True
         device.precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
         device.adam = dict(fused=True, capturable=args.graph)
     elif device.kind == "hpu":
@@ -331,30 +330,30 @@ def set_up_device(args, local_rank=0):
 
 def graphed(step):
     """The step as one CUDA graph, replayed by one launch (PyTorch's CUDA semantics, "whole-network capture")."""
-    graph, stream, static, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), None, 0
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    inputs, outputs, calls = None, None, count()
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(stream)  # the default stream cannot be recorded
 
     def replay(frames):
-        nonlocal static, calls
-        calls += 1
-        if calls <= 5:  # warm-up, with real steps
+        nonlocal inputs, outputs
+        if next(calls) < 5:  # warm-up, with real steps
             return step(frames)
-        if static is None:
-            frames_in = frames.clone()
+        if inputs is None:
+            inputs = frames.clone()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # a thread pins memory
-                static = frames_in, step(frames_in)
-        static[0].copy_(frames)
+                outputs = step(inputs)
+        inputs.copy_(frames)
         graph.replay()
-        return static[1].clone()
+        return outputs.clone()
     return replay
 
 
 # ---- the run's folder -----------------------------------------------------------------------------------------------
-def save(path, content, previous=None):
+def save_file(path, content, previous=None):
     """torch.save; a kill or a full disk leaves the old file. With `previous` the old file gets that name."""
     buffer, temporary = io.BytesIO(), Path(f"{path}.tmp")
-    torch.save(content, buffer, pickle_protocol=2)  # Gaudi's default, 4, opens nowhere with weights_only
+    torch.save(content, buffer, pickle_protocol=2)  # Gaudi's default, 4, fails elsewhere with weights_only
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -385,7 +384,7 @@ class Reporter:
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
         (self.out / "args.json.tmp").write_text(json.dumps(vars(args), indent=1) + "\n")
         os.replace(self.out / "args.json.tmp", self.out / "args.json")
-        threading.excepthook = lambda thread: None  # TensorBoard's thread ends at a full disk, which show() meets
+        threading.excepthook = lambda thread: None  # a full disk ends TensorBoard's thread; show() continues without it
         self.board = SummaryWriter(self.out, purge_step=images + 1)  # drops events after the checkpoint
         if not images:
             self.write(step, images, draw=True)  # at a full disk the run ends here
@@ -395,11 +394,12 @@ class Reporter:
         with suppress(OSError):  # after a full disk TensorBoard shows no more of this run
             for name, value in values.items():
                 self.board.add_scalar(name, value, images)
+            self.board.flush()  # before a checkpoint: a run that continues from it does not log these steps again
 
     def log(self, step, images, stats, rate, waiting):
-        """Print the log line that everybody knows from DCGAN, and show its numbers in TensorBoard."""
+        """Print the log line of pytorch/examples' DCGAN, and show its numbers in TensorBoard."""
         if not all(map(math.isfinite, stats)):
-            sys.exit(f"error: step {step}: {dict(zip(STATS, stats))}. Use --resume with a lower --lr")
+            sys.exit(f"error: step {step}: not finite: {dict(zip(STATS, stats))}. Use --resume with a lower --lr")
         self.show({**dict(zip(STATS, stats)), "images/s": rate, "share of time waiting for data": waiting}, images)
         loss_D, loss_G, d_x, d_gz1, d_gz2 = stats
         left, epochs = max(0, self.total - images), self.args.epochs
@@ -410,7 +410,7 @@ class Reporter:
               f"{rate:,.0f} images/s, {timedelta(seconds=round(seconds))} left", flush=True)
 
     def save(self, step, images, draw=True):
-        """Save a checkpoint; with `draw`, also samples and a score. A full disk costs a warning."""
+        """Save a checkpoint; with `draw`, also samples and a score. A full disk gives a warning."""
         began = time.monotonic()
         try:
             self.write(step, images, draw)
@@ -422,33 +422,31 @@ class Reporter:
         self.due = now + (pause and max(pause, 40 * (now - began)))  # saving takes less than 3% of the time
 
     def write(self, step, images, draw):
-        G, latent, state = self.model.sampler(), self.args.latent, self.model.state_dict()
+        G, state = self.model.sampler(), self.model.state_dict()  # in this order: state has the sampler's statistics
         if not all(weight.isfinite().all() for net in ("G", "D") for weight in state[net].values()):
             sys.exit(f"error: step {step}: a weight is not finite. Use --resume with a lower --lr")
-        generator = {"G": state["G_ema"], "images": images, "latent": latent}
+        generator = {"G": state["G_ema"], "images": images, "latent": self.args.latent}
         if draw:
-            grid = make_grid(render(G, latents(range(64), self.args.nz, latent)))
+            grid = make_grid(render(G, latents(range(64), self.args.nz, self.args.latent)))
             save_image(grid / 255, self.out / "samples" / f"{images:09d}.png")
         if draw and self.score:
-            self.rate(G, generator)
+            self.add_score(G, generator)
         saved = [int(path.stem.removeprefix("generator-")) for path in self.out.glob("generator-[0-9]*.pt")]
         if images >= 2 * max(saved, default=0):  # at about 1, 2, 4, 8, … times the first, to see the progress
-            save(self.out / f"generator-{images:09d}.pt", generator)
-        with suppress(OSError):  # as in show()
-            self.board.flush()  # before the checkpoint: a run that continues from it does not log these steps again
-        checkpoint = {**state, "step": step, "images": images, "latent": latent, "scores": self.scores}
-        save(self.out / "checkpoint.pt", checkpoint, self.out / "checkpoint-previous.pt")
+            save_file(self.out / f"generator-{images:09d}.pt", generator)
+        checkpoint = {**state, "step": step, "images": images, "latent": self.args.latent, "scores": self.scores}
+        save_file(self.out / "checkpoint.pt", checkpoint, self.out / "checkpoint-previous.pt")
 
-    def rate(self, G, generator):
+    def add_score(self, G, generator):
         """Score G. The best has the smallest score among those with at least half the coverage of real images."""
         figures = *self.score(G, self.args.latent), *self.score.real, self.model.d_held_out(self.pack.holdout)
         score, coverage, real_score, real_coverage, held_out = (round(figure, 4) for figure in figures)
         print(f"image {generator['images']:,}: score {score:.1f} (real images {real_score:.1f}), "
               f"coverage {coverage:.2f} (real images {real_coverage:.2f}), D(held out) {held_out:.4f}", flush=True)
         self.show({"score": score, "coverage": coverage, "D(held out)": held_out}, generator["images"])
-        best = min((row[1] for row in self.scores if row[2] >= real_coverage / 2), default=math.inf)
+        best = min((old for _, old, covered, *_ in self.scores if covered >= real_coverage / 2), default=math.inf)
         if coverage >= real_coverage / 2 and score < best:
-            save(self.out / "generator-best.pt", generator)
+            save_file(self.out / "generator-best.pt", generator)
         self.scores.append([generator["images"], score, coverage, real_score, real_coverage, held_out])
         (self.out / "scores.csv").write_text("".join(f"{','.join(map(str, row))}\n" for row in [SCORES, *self.scores]))
 
@@ -457,14 +455,13 @@ class Reporter:
 def main(argv=None):
     args = parse_args(argv)
     ends = time.monotonic() + 60 * (args.minutes or math.inf)
-    rank, local_rank, world = (int(os.environ.get(*pair)) for pair in
-                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # from torchrun
+    from_torchrun = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in from_torchrun)
     device = set_up_device(args, local_rank)
     frames, pack = find_data(args, rank, world)
     newest, previous = Path(args.out, "checkpoint.pt"), Path(args.out, "checkpoint-previous.pt")
     checkpoint = newest if newest.exists() else previous  # a kill can come between the two renames of a save
-    resuming = checkpoint.exists()
-    if resuming and not args.resume:
+    if checkpoint.exists() and not args.resume:
         raise InputError(f"{args.out} holds a run: continue it with --resume, or name another folder with --out")
     if world > 1:
         store, *_ = next(dist.rendezvous("env://"))
@@ -478,8 +475,9 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=hosts)
         return int(tensor)
+
     model, step, images, scores = DCGAN(args, device, world), 0, 0, []
-    if resuming:
+    if checkpoint.exists():
         try:
             saved = load_file(checkpoint)
             model.load_state_dict(saved)
@@ -489,14 +487,16 @@ def main(argv=None):
                              f"To continue from the one before: mv {previous} {newest}") from error
     if largest(images) != images:
         raise InputError(f"{args.out} is at image {images:,} here, and further on another machine: share one folder")
-    images_per_step = args.batch_size * world
-    total = args.epochs * split_frames(frames, args.batch_size)[1] * images_per_step
-    stream = batches(frames, args.batch_size, (args.seed, rank), images // images_per_step, device.kind == "cuda")
+    images_per_step = args.batch_size * world  # a resumed run can have another: its data go on by images, not steps
+    total = args.epochs * cut_stretches(frames, args.batch_size)[1] * images_per_step
+    stream = batches(frames, args.batch_size, (args.seed, rank), images // images_per_step, device.pin)
     train_step = graphed(model.step) if args.graph else model.step
     reporter = Reporter(args, pack, model, total, ends, scores) if rank == 0 else None
     if reporter:
         reporter.start(step, images)
-    stop = []  # Ctrl-C, or the SIGTERM of a spot machine: finish the step, save, exit. The second one ends it at once
+
+    stop = []  # Ctrl-C, or the SIGTERM of a spot machine: finish the step, save, exit. A second one ends it at once
+
     def on_signal(signum, frame):
         stop.append(signum)
         signal.signal(signum, signal.SIG_DFL)
@@ -505,14 +505,14 @@ def main(argv=None):
     signal.signal(signal.SIGINT, on_signal)
     logged, since, waited, leave = step, time.perf_counter(), 0.0, 0
     while images < total and not leave:
-        waited -= time.perf_counter()
+        began = time.perf_counter()
         batch = next(stream).to(device.kind, non_blocking=True)
-        waited += time.perf_counter()
-        # A seed for each step and rank: resuming is exact, and the ranks' noise differs.
+        waited += time.perf_counter() - began
+        # A seed for each step and rank: resuming is exact whatever a save has drawn, and the ranks' noise differs.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, rank, step)).generate_state(1)[0]))
         stats = train_step(batch)
         step, images = step + 1, images + images_per_step
-        if world == 1 or step % 10 == 0:  # a signal to one rank stops all of them, and so does the end of --minutes
+        if world == 1 or step % 10 == 0:  # leave is the number of a signal to any rank, or 1 at the end of --minutes
             leave = largest(stop[0] if stop else int(time.monotonic() > ends))
         last = leave or images >= total
         if last or step % args.log_every == 0:
@@ -531,7 +531,7 @@ def main(argv=None):
         print(f"{args.out} is at image {images:,} of {total:,}. To see it: python sample.py --checkpoint {args.out}")
         if reporter.failed:
             sys.exit(f"error: {reporter.failed}")
-    if leave > 1:  # the number of a signal
+    if leave > 1:
         sys.exit(128 + leave)
     return model
 

@@ -1,13 +1,27 @@
+import multiprocessing.forkserver
 import os
 
 import pytest
 from helpers import TINY, run
+from hpu_sim.build import Unavailable, build
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost such small networks more than they gain
 
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="the fault tests with hundreds of kills: a quarter of an hour")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server():
+    """Start it with the library that the simulated Gaudi card needs, if the card can be built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+        try:
+            patch.setenv("LD_PRELOAD", build()["LD_PRELOAD"])
+        except Unavailable:
+            pass
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

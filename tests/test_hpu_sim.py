@@ -1,11 +1,9 @@
 """Tests of the simulated Gaudi card itself (hpu_sim/README.md): graphs, fall-backs, waits, uploads and busy cards."""
 import json
-import os
-import subprocess
-import sys
 from textwrap import dedent
 
 import pytest
+from helpers import run
 from hpu_sim.build import Unavailable, build, unsupported
 
 PRELUDE = """
@@ -27,22 +25,21 @@ def show(*values): print(json.dumps(values))
 
 
 @pytest.fixture(scope="module")
-def on_card():
-    """on_card(mode, code, **environment) runs code in a process of its own → (what show() printed last, stderr)."""
+def on_card(tmp_path_factory):
+    """on_card(mode, code, **environment) runs code as a script → (what show() printed last, stderr)."""
     try:
         card = build()
     except Unavailable as why:
         pytest.skip(str(why))
 
-    def run(mode, code, **env):
+    def on_card(mode, code, **env):
         if mode is not None:
             env["PT_HPU_LAZY_MODE"] = mode
-        env = {**os.environ, **card, "OMP_NUM_THREADS": "1", **env}
-        command = [sys.executable, "-c", PRELUDE + dedent(code)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        script = tmp_path_factory.mktemp("card") / "script.py"
+        script.write_text(PRELUDE + dedent(code))
+        done = run(script, env={**card, **env}, timeout=120)
         return json.loads(done.stdout.splitlines()[-1]), done.stderr
-    return run
+    return on_card
 
 
 LAZY, EAGER = "1", "0"

@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
 
 import numpy as np
 import pytest
-from helpers import ROOT, TINY, command, run
+from helpers import ROOT, TINY, Fork, command, new_process, run
 from PIL import Image
 
 sys.path.insert(0, str(ROOT))
@@ -228,14 +227,12 @@ def test_a_city_alone_is_one_city_with_no_sequence_in_both_splits(source, msls, 
 
 
 def test_a_pack_that_does_not_fit_is_refused_with_a_limit_that_fits(tree, tmp_path):
-    patch = "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(10 ** 6, 0, 10 ** 5)"
-    (tmp_path / "sitecustomize.py").write_text(patch)
-    small = dict(env={"PYTHONPATH": str(tmp_path)})
-    done = run(*PREPARE, tree, tmp_path / "packs" / "out", status=2, **small)
+    script = changed(tmp_path, "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10 ** 6, 0, 10 ** 5)")
+    done = run(script, *PREPARE[1:], tree, tmp_path / "packs" / "out", status=2)
     limit = int(re.search(r"--limit (\d+)", done.stderr)[1])
     assert "images/s" not in done.stdout and not (tmp_path / "packs").exists() and 10 < limit < 16
-    run(*PREPARE, tree, tmp_path / "more", "--limit", limit + 1, status=2, **small)
-    run(*PREPARE, tree, tmp_path / "fits", "--limit", limit, **small)
+    run(script, *PREPARE[1:], tree, tmp_path / "more", "--limit", limit + 1, status=2)
+    run(script, *PREPARE[1:], tree, tmp_path / "fits", "--limit", limit)
     assert len(rows(tmp_path / "fits" / "index.csv")) == limit
 
 
@@ -336,8 +333,8 @@ def test_entries_of_any_archive_become_frames_or_reasons(file, tmp_path):
 
 def test_drawn_streets_are_the_same_for_a_seed(tmp_path):
     packs = [tmp_path / name for name in ("a", "b", "c")]
-    for pack, words in zip(packs, (["--workers", 1], ["--workers", 2], ["--seed", 1])):
-        run("prepare_data.py", "--demo", 96, "--image-size", 32, *words, pack)
+    for pack, words, popen in zip(packs, (["--workers", 1], ["--workers", 2], ["--seed", 1]), (Fork, new_process, Fork)):
+        run("prepare_data.py", "--demo", 96, "--image-size", 32, *words, pack, popen=popen)
     a, b, c = (contents(pack, [*PACK, "pack.json"]) for pack in packs)
     assert a == b and a["train.npy"] != c["train.npy"]
     pack = open_pack(packs[0])
@@ -367,30 +364,50 @@ def test_a_number_out_of_range_is_refused(words, capsys):
     assert words.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+def changed(folder, lines):
+    """A script: prepare_data.py, changed by `lines` before its main() runs."""
+    script = folder / "changed.py"
+    script.write_text(f"import resource, shutil, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport prepare_data\n{lines}\n"
+                      "prepare_data.run_script(prepare_data.main)\n")
+    return script
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    words = command("prepare_data.py", "--demo", 400, "--image-size", 32, tmp_path / "packs" / "out")
-    limited = ["bash", "-c", 'ulimit -f 600; trap "" XFSZ; exec "$@"', "-", *words]
-    done = subprocess.run(limited, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert list(tmp_path.iterdir()) == []
+    """A limit on the size of files is the full disk."""
+    script = changed(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))")
+    done = run(script, "--demo", 400, "--image-size", 32, tmp_path / "packs" / "out", status=2)
+    assert done.stderr.startswith("error: ") and "File too large" in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [script]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_soon_and_leaves_nothing(signum, tmp_path):
     words = command("prepare_data.py", "--demo", 100_000, tmp_path / "packs" / "out")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Fork(words)
     process.stdout.readline()  # it has begun
     time.sleep(1)
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=20)
-    assert process.returncode not in (0, 1, 2) and stderr == ""
+    assert process.returncode == 128 + signum and stderr == "", (process.returncode, stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_interrupts_a_lock_is_still_a_signal(tmp_path):
+    """Between releasing and taking a lock, Python's threading turns the interruption into a RuntimeError."""
+    script = changed(tmp_path, """
+import os
+def interrupted():
+    try:
+        os.kill(os.getpid(), 2)
+    finally:
+        raise RuntimeError("cannot release un-acquired lock")
+prepare_data.main = interrupted""")
+    assert run(script, status=128 + 2).stderr == ""
 
 
 def test_of_two_runs_into_the_same_folder_the_second_is_refused(tmp_path):
     words = command("prepare_data.py", "--demo", 48, "--image-size", 32, tmp_path / "out")
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    processes = [subprocess.Popen([*words, "--seed", str(seed)], **quiet) for seed in (1, 2)]
+    processes = [Fork([*words, "--seed", str(seed)]) for seed in (1, 2)]
     stderr = "".join(process.communicate(timeout=60)[1] for process in processes)
     assert sorted(process.returncode for process in processes) == [0, 2]
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
@@ -398,16 +415,16 @@ def test_of_two_runs_into_the_same_folder_the_second_is_refused(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    peak = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
-            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-    photo, peaks = encode(street(0, (640, 480))), []
-    for n in (250, 2000):
+    script = changed(tmp_path, "import atexit\natexit.register(lambda: print('peak', "
+                               "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))")
+    photo, peaks = encode(street(0, (320, 240))), []
+    words = "--workers", 2, "--image-size", 128, "--holdout", 0
+    for n in (100, 1000):
         write_zip(tmp_path / f"{n}.zip", {f"{i}.jpg": photo for i in range(n)})
-        words = command(*PREPARE, "--image-size", 128, "--holdout", 0, tmp_path / f"{n}.zip", tmp_path / str(n))
-        done = subprocess.run([sys.executable, "-c", peak, *words], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[-1]))
-    size = (tmp_path / "2000" / "train.npy").stat().st_size
-    assert size == 128 + 2000 * 160 * 214 * 3 and (peaks[1] - peaks[0]) * 1024 < size / 2, peaks
+        done = run(script, *words, tmp_path / f"{n}.zip", tmp_path / str(n))
+        peaks.append(1024 * int(done.stdout.split()[-1]))
+    size = (tmp_path / "1000" / "train.npy").stat().st_size
+    assert size == 128 + 1000 * 160 * 214 * 3 and peaks[1] - peaks[0] < size / 2, peaks
 
 
 # ---- reading packs --------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import ctypes
 import functools
 import json
 import logging
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -99,5 +98,5 @@ def _write_report(path):
         json.dump(seen, f)
 
 
-if os.environ.get("HPU_SIM_REPORT") and multiprocessing.parent_process() is None:  # a loader's worker reports nothing
+if os.environ.get("HPU_SIM_REPORT"):
     atexit.register(_write_report, os.path.abspath(os.environ["HPU_SIM_REPORT"]))
