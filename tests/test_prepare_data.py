@@ -333,8 +333,8 @@ def test_entries_of_any_archive_become_frames_or_reasons(file, tmp_path):
 
 def test_drawn_streets_are_the_same_for_a_seed(tmp_path):
     packs = [tmp_path / name for name in ("a", "b", "c")]
-    for pack, words, popen in zip(packs, (["--workers", 1], ["--workers", 2], ["--seed", 1]), (Fork, new_process, Fork)):
-        run("prepare_data.py", "--demo", 96, "--image-size", 32, *words, pack, popen=popen)
+    for pack, words, popen in zip(packs, ("--workers 1", "--workers 2", "--seed 1"), (Fork, new_process, Fork)):
+        run("prepare_data.py", "--demo", 96, "--image-size", 32, *words.split(), pack, popen=popen)
     a, b, c = (contents(pack, [*PACK, "pack.json"]) for pack in packs)
     assert a == b and a["train.npy"] != c["train.npy"]
     pack = open_pack(packs[0])
