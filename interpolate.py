@@ -22,7 +22,7 @@ from model import DEVICES, choose_device, latents, load_generator, render, run_s
 
 
 def slerp(a, b, t):
-    """The point at t in [0, 1] on the arc from a to b, (nz,) each. Almost parallel a and b are joined by a line."""
+    """The point at t in [0, 1] on the arc from a to b, (nz,) each. Parallel a and b are joined by a line."""
     angle = torch.acos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
     if angle.sin() < 1e-4:
         return torch.lerp(a, b, t)
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--seeds", type=seed_list, help="seeds to visit, divided among the scenes in order (default: six per scene)")
     add("--frames", type=int, help="frames from one latent to the next (default: 25, or 4 in a .png)")
     add("--fps", type=int, default=25, help="frames per second (default: %(default)s)")
-    add("--grid", type=grid_size, default="1x1", help="columns and rows of scenes (default: %(default)s)")
+    add("--grid", type=grid_size, default="1x1", help="columns and rows of scenes; .png: one per row (default: 1x1)")
     add("--scale", type=int, default=1, help="enlarge the pictures by this factor (default: %(default)s)")
     add("--out", type=Path, default="scene.gif", help=".gif, .webp, or .png for a strip (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="where to compute (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""The networks, and everything that the scripts share. It needs only torch: copy this file into your own project and
+"""The networks, and all that the scripts share. It needs torch, and NumPy for the score: copy it to your project and
 
     from model import latents, load_generator
     G, latent = load_generator("runs/naive-64")      # or netG_epoch_24.pth from pytorch/examples
@@ -201,7 +201,7 @@ class Score:
 
     def __init__(self, pack):
         self.image_size = pack.image_size
-        self.frames = min(len(pack.train), len(pack.holdout), 2048)
+        self.frames = min(len(pack.train), len(pack.holdout), 2048)  # how many, of each split
         if self.frames < 50:
             raise InputError(f"{pack.folder} has fewer than 50 training frames or fewer than 50 held-out frames")
         self.images = self.frames * math.ceil(1000 / self.frames)  # several windows per frame in small packs
@@ -308,7 +308,7 @@ def load_generator(path=None):
 
     Takes a bare state dict too (netG_*.pth of pytorch/examples). None is the newest run in runs/. Raises InputError.
     """
-    path = find_file(path, "generator-best.pt", "checkpoint.pt")
+    path = find_file(path, "generator-best.pt", "checkpoint.pt", "checkpoint-previous.pt")
     content = load_file(path)
     print(f"generator: {path}")
     return rebuild(Generator, content.get("G_ema", content.get("G", content)), path), content.get("latent", "normal")
@@ -316,7 +316,7 @@ def load_generator(path=None):
 
 def load_discriminator(path=None):
     """D on the CPU, from a run's folder or from its checkpoint.pt, the one file that has a D. Raises InputError."""
-    path = find_file(path, "checkpoint.pt")
+    path = find_file(path, "checkpoint.pt", "checkpoint-previous.pt")
     return rebuild(Discriminator, load_file(path).get("D", {}), path)
 
 
@@ -343,7 +343,7 @@ def run_script(main):
     except (RuntimeError, MemoryError) as error:  # torch raises another RuntimeError on each device
         if isinstance(error.__context__, SystemExit):  # a signal that interrupts a lock makes the lock raise this
             raise error.__context__ from None
-        if "memory" not in f"{type(error).__name__} {error}".lower():
+        if not any(words in repr(error).lower() for words in ("out of memory", "alloc", "memoryerror")):
             raise
         problem = "out of memory: choose a smaller --batch-size, smaller networks or fewer pictures"
     print(f"error: {problem}", file=sys.stderr)

@@ -118,7 +118,7 @@ def list_archive(archive, skipped):
 
 def read_entry(archive, offset, size, method, crc):
     """The bytes of one entry of a .zip archive. zipfile has a lock that lets only one thread read at a time."""
-    with open(archive, "rb", buffering=0) as file:
+    with open(archive, "rb") as file:
         file.seek(offset + 26)  # here are the lengths of two fields (a name and others) that precede the data
         file.seek(int(np.frombuffer(file.read(4), "<u2").sum()), os.SEEK_CUR)
         data = file.read(size)
@@ -196,7 +196,7 @@ def split_frames(frames, holdout, seed):
     """[(split, Frame), …] in the pack's order. A sequence is held out of every pack or of none."""
     sequences = {frame[:2] for frame in frames}  # (city, sequence)
     held_out = {key for key in sequences if hash_fraction("holdout", *key) < holdout}
-    if held_out == sequences:
+    if frames and held_out == sequences:
         print("there are too few sequences to hold any out: all frames are for training")
         held_out = set()
     order = {key: hash_fraction("order", seed, *key) for key in sequences}
@@ -270,17 +270,17 @@ def demo_frames(n, seed, image_size):
         street, number = divmod(i, 12)  # frames are 7 m apart
         city, sequence = list(CITIES)[street % len(CITIES)], f"{street:05d}"
         path = f"demo/{city}/{sequence}/{number:02d}"
-        draw = partial(draw_street, path, seed, city, street, number, image_size)
+        draw = partial(draw_street, seed, city, street, number, image_size)
         frames.append(Frame(city, sequence, number, path, draw))
     return frames
 
 
-def draw_street(path, seed, city, sequence, frame, image_size):
+def draw_street(seed, city, sequence, frame, image_size):
     """A PIL image of four times the pack's frame size: the view down a street, from `frame` × 7 m along it."""
     rng, look = random.Random(f"{seed}/{city}/{sequence}"), CITIES[city]
     height, width = (4 * side for side in frame_size(image_size))
     middle, horizon, focal = width / 2, height * 0.54, width * 0.62
-    hour, sun, street = 2 * rng.random() ** 1.5, rng.uniform(-6, 6), rng.uniform(*look["tall"])
+    hour, sun, height_m = 2 * rng.random() ** 1.5, rng.uniform(-6, 6), rng.uniform(*look["tall"])  # hour: row of HOURS
     top, edge, light = (HOURS[int(hour)] * (1 - hour % 1) + HOURS[int(hour) + 1] * (hour % 1)).astype(int).tolist()
 
     def paint(colour, z, shade=1.0):
@@ -306,7 +306,7 @@ def draw_street(path, seed, city, sequence, frame, image_size):
         shape(paint(colour, 8), (-half, 0, 1), (half, 0, 1), (0, 0, 400))
     for far in range(168 - 7 * frame, 9, -12):  # a house of 12 m and a tree on each side, from far to near
         for side in (-1, 1):
-            wall, tall, shine = rng.choice(look["walls"].split()), street * rng.uniform(0.9, 1.1), rng.random()
+            wall, tall, shine = rng.choice(look["walls"].split()), height_m * rng.uniform(0.9, 1.1), rng.random()
             x, z, shade = 8 * side, max(1, far - 12), 1 if side * sun < 0 else 0.75
             upright(paint(wall, z, 0.85 * shade), x, z, 2 * x, z, 0, tall)
             upright(paint(wall, z, shade), x, z, x, far, 0, tall)
@@ -378,7 +378,7 @@ def draw_preview(folder, image_size, seed):
     columns = [frames.permute(0, 3, 1, 2) / 127.5 - 1, *windows]  # each (8, 3, h, w) in [-1, 1]
     columns = [F.pad(images, (0, 8, 0, frames.shape[1] + 8 - images.shape[2]), value=1) for images in columns]
     sheet = torch.cat(columns, dim=3).permute(0, 2, 3, 1).flatten(0, 1)  # rows of 8 pictures below each other
-    Image.fromarray(((sheet + 1) * 127.5).byte().numpy()).save(folder / "preview.png")
+    Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy()).save(folder / "preview.png")
 
 
 def prepare(args):

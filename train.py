@@ -7,7 +7,7 @@
 
 A run is a folder: checkpoint.pt and the one before it, generator-best.pt, a few generator-<images>.pt,
 samples/<images>.png, scores.csv, args.json and TensorBoard's events (tensorboard --logdir runs).
-Change the loss in DCGAN.step, devices in choose_device and set_up_device, data sources in prepare_data.list_files.
+Change the loss in DCGAN.step, devices in choose_device and set_up_device, data in prepare_data.prepare and list_files.
 """
 import argparse
 import copy
@@ -42,7 +42,7 @@ from prepare_data import find_pack, open_pack
 DEMO = dict(preset="demo-64", epochs=1000, minutes=4.5, save_minutes=1)  # without --data and --preset
 STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")  # of a step; 1 and 2: before and after D's update
 SCORES = ("images", "score", "coverage", "score of real images", "coverage of real images", "D(held out)")
-DTYPES = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's; fp32 turns it off
+DTYPES = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # for autocast, which is off in fp32
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -57,14 +57,14 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
     add("--device", choices=DEVICES, default="auto", help="auto (default) takes a GPU, a Gaudi card, or the CPU")
     add("--epochs", type=int, default=25, help="passes over the training frames (default: 25)")
-    add("--minutes", type=float, help="save and stop after this time, or after --epochs (default: no limit)")
+    add("--minutes", type=float, help="save and stop so long after the start, data included (default: no limit)")
     add("--seed", type=int, default=0, help="seed of the weights, the order of frames and the noise (default: 0)")
     add("--precision", choices=("auto", *DTYPES), default="auto", help="auto (default): bf16 if the device has it")
     add("--bf16-ops", "--hmp-bf16", metavar="FILE", help="on hpu: the ops to run in bf16, one name per line")
     add("--fp32-ops", "--hmp-fp32", metavar="FILE", help="on hpu: the ops to run in fp32, one name per line")
-    add("--compile", action="store_true", help="compile the networks with torch.compile (on hpu: in eager mode)")
-    add("--graph", action="store_true", help="on cuda: record a step as one CUDA graph, and replay it")
-    add("--save-minutes", type=float, default=5, help="time between checkpoints, samples and scores (default: 5)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile (on hpu: in eager mode)")
+    add("--graph", action=argparse.BooleanOptionalAction, default=False, help="on cuda: replay a step as a CUDA graph")
+    add("--save-minutes", type=float, default=5, help="time between saves; each waits for a log line (default: 5)")
     add("--log-every", type=int, default=50, help="steps from one log line to the next, which waits for the device")
     add = parser.add_argument_group("set by the preset").add_argument
     add("--image-size", type=int, choices=(32, 64, 128, 256), help="size of the images in pixels")
@@ -262,17 +262,17 @@ class DCGAN:
         for name in ("G", "D", "G_ema"):
             getattr(self, name).load_state_dict(saved[name])
         # Gaudi's AdamW counts steps in the group, torch's with each parameter. In fp16 torch's skips some, uncounted.
-        steps, fp16 = float(saved["step"]), saved["scaler"]
+        steps, scaler = float(saved["step"]), saved["scaler"]  # scaler is {} unless it was trained in fp16
         for name, optimizer in (("opt_G", self.opt_G), ("opt_D", self.opt_D)):
             groups = optimizer.state_dict()["param_groups"]
             groups[0]["step"] = saved["step"]
-            state = {i: {**s, "step": s["step"] if fp16 else torch.tensor(steps)} for i, s in saved[name].items()}
+            state = {i: {**s, "step": s["step"] if scaler else torch.tensor(steps)} for i, s in saved[name].items()}
             for weight, moments in zip(optimizer.param_groups[0]["params"], state.values()):
                 for key in ("exp_avg", "exp_avg_sq"):  # fused kernels need the layout of the weights
                     moments[key] = torch.empty_like(weight, device="cpu").copy_(moments[key])
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if fp16:
-            self.scaler.load_state_dict(saved["scaler"])
+        if scaler:
+            self.scaler.load_state_dict(scaler)
 
 
 def translate(images):
@@ -322,7 +322,7 @@ def set_up_device(args, local_rank=0):
         device.AdamW, device.adam = FusedAdamW, {}  # in lazy mode its step cuts the graph before and after itself
     device.precision = device.precision if args.precision == "auto" else args.precision
     if device.kind != "cuda" and (args.graph or device.precision == "fp16"):
-        raise InputError("--graph and --precision fp16 are for NVIDIA GPUs: leave them out")
+        raise InputError("--graph and --precision fp16 are for NVIDIA GPUs: use --no-graph --precision auto")
     if device.kind != "hpu" and (args.bf16_ops or args.fp32_ops):
         print("--bf16-ops and --fp32-ops are for hpu: here torch.autocast's own rules apply")
     return device
@@ -371,7 +371,7 @@ class Reporter:
 
     def __init__(self, args, pack, model, total, ends, scores):
         self.args, self.pack, self.model, self.total, self.ends = args, pack, model, total, ends
-        self.out, self.scores = Path(args.out), scores  # rows of scores.csv
+        self.out, self.scores = Path(args.out), scores  # rows of scores.csv; total: images, ends: time.monotonic()
         self.board = self.score = self.failed = self.due = None  # due: when to save next, as of time.monotonic()
 
     def start(self, step, images):
@@ -397,7 +397,7 @@ class Reporter:
             self.board.flush()  # before a checkpoint: a run that continues from it does not log these steps again
 
     def log(self, step, images, stats, rate, waiting):
-        """Print the log line of pytorch/examples' DCGAN, and show its numbers in TensorBoard."""
+        """Print pytorch/examples' log line, and show it in TensorBoard. rate: images/s, waiting: share of the time."""
         if not all(map(math.isfinite, stats)):
             sys.exit(f"error: step {step}: not finite: {dict(zip(STATS, stats))}. Use --resume with a lower --lr")
         self.show({**dict(zip(STATS, stats)), "images/s": rate, "share of time waiting for data": waiting}, images)
@@ -431,7 +431,7 @@ class Reporter:
             save_image(grid / 255, self.out / "samples" / f"{images:09d}.png")
         if draw and self.score:
             self.add_score(G, generator)
-        saved = [int(path.stem.removeprefix("generator-")) for path in self.out.glob("generator-[0-9]*.pt")]
+        saved = [int(path.stem[10:]) for path in self.out.glob("generator-*.pt") if path.stem[10:].isdigit()]
         if images >= 2 * max(saved, default=0):  # at about 1, 2, 4, 8, … times the first, to see the progress
             save_file(self.out / f"generator-{images:09d}.pt", generator)
         checkpoint = {**state, "step": step, "images": images, "latent": self.args.latent, "scores": self.scores}
@@ -470,7 +470,7 @@ def main(argv=None):
         dist.init_process_group(device.backend, store=store, rank=rank, world_size=world)
         hosts = dist.new_group(backend="gloo")  # waits for ranks, and not for their devices
 
-    def largest(n):  # of all ranks
+    def largest(n):  # of all ranks: waits for them
         tensor = torch.tensor(n)
         if world > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=hosts)
@@ -521,7 +521,7 @@ def main(argv=None):
             if reporter:
                 reporter.log(step, images, stats, (step - logged) * images_per_step / took, waited / took)
                 if last or time.monotonic() > reporter.due:
-                    reporter.save(step, images, draw=not stop)
+                    reporter.save(step, images, draw=leave < 2)
             logged, since, waited = step, time.perf_counter(), 0.0
     largest(0)  # wait until rank 0 has saved
     del train_step  # NCCL cannot end before the graph that uses it

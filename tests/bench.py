@@ -75,7 +75,7 @@ def make_photos(folder, n):
         path = folder / cities[i % 6] / f"{i:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         if i < 256:
-            street = prepare_data.draw_street("", 0, cities[i % 6], i // 12, i % 12, image_size=192)
+            street = prepare_data.draw_street(0, cities[i % 6], i // 12, i % 12, image_size=192)
             street.resize((640, 480)).save(path, quality=90)
         else:
             os.link(folder / cities[i % 256 % 6] / f"{i % 256:06d}.jpg", path)

@@ -1,5 +1,6 @@
 import multiprocessing.forkserver
 import os
+import signal
 
 import pytest
 from helpers import TINY, run
@@ -22,6 +23,15 @@ def fork_server():
         except Unavailable:
             pass
         multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Restore them: run_script sets its own."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -430,3 +431,21 @@ def test_help_shows_the_commands_and_the_defaults(capsys):
         text = capsys.readouterr().out
         assert f"\n    python {Path(script.__file__).name}  " in text
         assert f"(default: {default})" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("error, status", [
+    (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), 2), (MemoryError(), 2),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory"), 2),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), None)])
+def test_too_little_memory_is_one_line_and_other_errors_keep_their_traceback(error, status, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit if status else type(error)) as end:
+        model.run_script(main)
+    assert status is None or end.value.code == status and "--batch-size" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_between_the_renames_of_a_save_can_be_drawn(trained, tmp_path):
+    shutil.copy(trained / "checkpoint.pt", tmp_path / "checkpoint-previous.pt")
+    assert model.load_generator(tmp_path)[0].image_size == model.load_discriminator(tmp_path).image_size == 32
