@@ -167,7 +167,7 @@ class DCGAN:
         D = Discriminator(args.image_size, args.ndf, 3, args.kernel_size).apply(init_weights)
         self.G, self.D = (net.to(device.kind, memory_format=device.layout) for net in (G, D))
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
-        self.ema_decay = 0.5 ** (args.batch_size * world / 5000)  # half-life of 5,000 images; StyleGAN has 10,000
+        self.steps = torch.zeros((), device=device.kind)  # on the device: a number would be a new graph on Gaudi
         adam = dict(lr=args.lr, betas=(args.beta1, 0.999), eps=1e-8, weight_decay=args.weight_decay, **device.adam)
         self.opt_G, self.opt_D = (device.AdamW(net.parameters(), **adam) for net in (self.G, self.D))
         self.scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
@@ -199,9 +199,11 @@ class DCGAN:
         loss_G = F.softplus(-on_fake_after).mean()  # -log D(G(z))
         probabilities = [logits.detach().sigmoid().mean() for logits in (on_real, on_fake, on_fake_after)]
         stats = torch.stack([loss_D.detach(), loss_G.detach(), *probabilities])
-        with torch.no_grad():
+        with torch.no_grad():  # the EMA's half-life is a tenth of the run so far, and at most 20,000 images
+            self.steps += 1
+            rate = (7 / self.steps).clamp(1 - 0.5 ** (len(frames) * self.world / 20_000), 1)
             for average, weight in zip(self.G_ema.parameters(), G.parameters()):
-                average.lerp_(weight, 1 - self.ema_decay)
+                average.lerp_(weight, rate)
         self.update(self.opt_G, loss_G)  # last: on Gaudi it ends the graph, which stats and the EMA are part of
         D.requires_grad_(True)
         return stats
@@ -271,6 +273,7 @@ class DCGAN:
                 for key in ("exp_avg", "exp_avg_sq"):  # fused kernels need the layout of the weights
                     moments[key] = torch.empty_like(weight, device="cpu").copy_(moments[key])
             optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.steps.copy_(torch.tensor(steps))
         if scaler:
             self.scaler.load_state_dict(scaler)
 
@@ -334,7 +337,6 @@ def graphed(step):
     inputs, outputs, calls = None, None, count()
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(stream)  # the default stream cannot be recorded
-
     def replay(frames):
         nonlocal inputs, outputs
         if next(calls) < 5:  # warm-up, with real steps
@@ -475,7 +477,6 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=hosts)
         return int(tensor)
-
     model, step, images, scores = DCGAN(args, device, world), 0, 0, []
     if checkpoint.exists():
         try:
@@ -496,7 +497,6 @@ def main(argv=None):
         reporter.start(step, images)
 
     stop = []  # Ctrl-C, or the SIGTERM of a spot machine: finish the step, save, exit. A second one ends it at once
-
     def on_signal(signum, frame):
         stop.append(signum)
         signal.signal(signum, signal.SIG_DFL)
