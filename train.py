@@ -65,7 +65,7 @@ def parse_args(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile (on hpu: in eager mode)")
     add("--graph", action=argparse.BooleanOptionalAction, default=False, help="on cuda: replay a step as a CUDA graph")
     add("--save-minutes", type=float, default=5, help="time between saves; each waits for a log line (default: 5)")
-    add("--log-every", type=int, default=50, help="steps from one log line to the next, which waits for the device")
+    add("--log-every", type=int, default=50, help="steps from one log line to the next (default: 50)")
     add = parser.add_argument_group("set by the preset").add_argument
     add("--image-size", type=int, choices=(32, 64, 128, 256), help="size of the images in pixels")
     add("--kernel-size", type=int, choices=(4, 5), help="4 as in pytorch/examples, 5 as in the paper")
