@@ -136,12 +136,13 @@ def batches(frames, batch_size, seeds, step=0, pin=False):
                 rows = rows[:len(rows) // batch_size * batch_size].reshape(-1, batch_size)
                 unseen, skip = rows[skip:], max(0, skip - len(rows))
                 if len(unseen):
-                    yield torch.from_numpy(np.array(frames[start:stop])), torch.from_numpy(unseen)
+                    yield np.array(frames[start:stop]), unseen
 
     def gather():
         for stretch, rows in read_ahead(read(), 1):
             for row in rows:
-                batch = stretch.index_select(0, row)  # releases the GIL, unlike NumPy's indexing
+                # take releases the GIL, unlike indexing. In this thread torch would start OpenMP threads of its own.
+                batch = torch.from_numpy(stretch.take(row, axis=0))
                 yield batch.pin_memory() if pin else batch
     return read_ahead(gather(), 4)
 
