@@ -141,8 +141,7 @@ def batches(frames, batch_size, seeds, step=0, pin=False):
     def gather():
         for stretch, rows in read_ahead(read(), 1):
             for row in rows:
-                # take releases the GIL, unlike indexing. In this thread torch would start OpenMP threads of its own.
-                batch = torch.from_numpy(stretch.take(row, axis=0))
+                batch = torch.from_numpy(stretch.take(row, axis=0))  # releases the GIL, and starts no OpenMP threads
                 yield batch.pin_memory() if pin else batch
     return read_ahead(gather(), 4)
 
