@@ -28,7 +28,7 @@ PRESETS = {
     "safe-128": dict(NAIVE, image_size=128, nz=128, ngf=128, ndf=32, batch_size=256, weight_decay=0.05,
                      instance_noise=0.05),
     "small-64": dict(NAIVE, ngf=32, ndf=32, batch_size=16, augment=True, mirror=True),    # hundreds of photographs
-    "demo-64": dict(NAIVE, ngf=24, ndf=24, batch_size=16, lr=4e-4, augment=True),         # five minutes on a CPU
+    "demo-64": dict(NAIVE, ngf=16, ndf=16, batch_size=16, lr=4e-4, augment=True),         # five minutes on a CPU
 }
 
 

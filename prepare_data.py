@@ -37,7 +37,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Gaudi's plugin is
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from model import InputError, cut_windows, run_script
 
@@ -267,7 +267,7 @@ def demo_frames(n, seed, image_size):
     """[Frame, …]: n frames to be drawn, with the cities in turn."""
     frames = []
     for i in range(n):
-        street, number = divmod(i, 12)  # frames are 7 m apart
+        street, number = divmod(i, 4)  # four frames of a street, 7 m apart
         city, sequence = list(CITIES)[street % len(CITIES)], f"{street:05d}"
         path = f"demo/{city}/{sequence}/{number:02d}"
         draw = partial(draw_street, seed, city, street, number, image_size)
@@ -276,9 +276,9 @@ def demo_frames(n, seed, image_size):
 
 
 def draw_street(seed, city, sequence, frame, image_size):
-    """A PIL image of four times the pack's frame size: the view down a street, from `frame` × 7 m along it."""
+    """A PIL image of the pack's frame size: the view down a street, from `frame` × 7 m along it."""
     rng, look = random.Random(f"{seed}/{city}/{sequence}"), CITIES[city]
-    height, width = (4 * side for side in frame_size(image_size))
+    height, width = (4 * side for side in frame_size(image_size))  # made smaller at the end, which smooths edges
     middle, horizon, focal = width / 2, height * 0.54, width * 0.62
     hour, sun, height_m = 2 * rng.random() ** 1.5, rng.uniform(-6, 6), rng.uniform(*look["tall"])  # hour: row of HOURS
     top, edge, light = (HOURS[int(hour)] * (1 - hour % 1) + HOURS[int(hour) + 1] * (hour % 1)).astype(int).tolist()
@@ -318,7 +318,9 @@ def draw_street(seed, city, sequence, frame, image_size):
                 high, r, stretch = look["tree"]
                 upright(paint("6c5040", z), x - 2.2 * side, z, x - 1.8 * side, z, 0, high)
                 disc(paint("54963e", z, shade), x - 2 * side, high, z, r, stretch)
-    return image
+    soft = np.asarray(image.reduce(4).filter(ImageFilter.GaussianBlur(0.7)))  # blur and noise, as in photographs
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 3, soft.shape)
+    return Image.fromarray((soft + noise).round().clip(0, 255).astype(np.uint8))
 
 
 # ---- packs ----------------------------------------------------------------------------------------------------------

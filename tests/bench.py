@@ -69,16 +69,15 @@ def script(name, *words):
 # ---- the usual way --------------------------------------------------------------------------------------------------
 
 def make_photos(folder, n):
-    """n JPEGs of 640×480 as <folder>/<city>/<n>.jpg: 256 drawn streets, and links to them."""
+    """n JPEGs of 640×480 as <folder>/<city>/<n>.jpg: 64 drawn streets, and links to them."""
     cities = list(prepare_data.CITIES)[:6]
     for i in range(n):
         path = folder / cities[i % 6] / f"{i:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if i < 256:
-            street = prepare_data.draw_street(0, cities[i % 6], i // 12, i % 12, image_size=192)
-            street.resize((640, 480)).save(path, quality=90)
+        if i < 64:
+            prepare_data.draw_street(0, cities[i % 6], i // 12, i % 12, image_size=384).save(path, quality=90)
         else:
-            os.link(folder / cities[i % 256 % 6] / f"{i % 256:06d}.jpg", path)
+            os.link(folder / cities[i % 64 % 6] / f"{i % 64:06d}.jpg", path)
     return folder
 
 
