@@ -193,7 +193,7 @@ def check_lazy(report, logs, saves, begun=0, more=0):
 def scored(train_on, tmp_path_factory):
     """(pack, run of 301 steps that scored its first and last pictures, the same resumed for 35 steps and two saves)."""
     pack = tmp_path_factory.mktemp("packs") / "scored"
-    run("prepare_data.py", "--demo", 256, "--image-size", 32, "--holdout", 0.4, pack)  # 119 frames to train on
+    run("prepare_data.py", "--demo", 240, "--image-size", 32, "--holdout", 0.4, pack)  # 124 frames to train on
     first = train_on("hpu", *OPTIONS, precision="bf16", data=pack, epochs=43, log_every=50)
     resumed = train_on("hpu", *OPTIONS, "--resume", "--save-minutes", 0, precision="bf16", data=pack, out=first.out,
                        epochs=48, log_every=20)
