@@ -36,9 +36,9 @@ def signal_handlers():
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory):
-    """A pack of 192 drawn streets for images of 32×32."""
+    """A pack of 184 drawn streets for images of 32×32."""
     folder = tmp_path_factory.mktemp("packs") / "demo-32"
-    run("prepare_data.py", "--demo", 192, "--image-size", 32, folder)
+    run("prepare_data.py", "--demo", 184, "--image-size", 32, folder)
     return folder
 
 

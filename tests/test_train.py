@@ -558,6 +558,22 @@ def test_an_epoch_has_every_frame_at_most_once_and_is_the_same_from_any_step(spl
     assert take(frames, steps, seed=(1, 0)) != all_batches[:steps] != take(frames, steps, seed=(0, 1))
 
 
+def test_reading_ahead_takes_two_threads_and_no_openmp_team():
+    """An OpenMP team of the reader's own waits busily after each batch, and slows the training step by a third."""
+    code = """
+import os, numpy, torch, train
+torch.set_num_threads(4)
+torch.ones(1 << 20).add_(1)  # starts the OpenMP threads of the training step
+before = len(os.listdir("/proc/self/task"))
+stream = train.batches(numpy.zeros((640, 80, 106, 3), numpy.uint8), 64, (0, 0))
+for _ in range(25):
+    next(stream)
+print(len(os.listdir("/proc/self/task")) - before, flush=True)
+os._exit(0)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2\n", done.stderr
+
+
 def test_stretches_of_a_large_pack_hold_256_mb_and_eight_batches():
     frames = np.broadcast_to(np.uint8(0), (60_000, 80, 106, 3))  # 1.5 GB that take no memory
     for batch_size, n in ((128, 5), (2000, 3), (60_000, 1)):
