@@ -6,7 +6,7 @@
     python prepare_data.py --demo 2880 packs/demo-64      # streets that this script draws
 
 A pack is a folder with train.npy and holdout.npy (the frames: uint8, N x H x W x 3), index.csv (one row per frame),
-skipped.csv (the reason for everything left out), preview.png (frames beside random windows of them, as training sees
+skipped.csv (the reason for each image left out), preview.png (frames beside random windows of them, as training sees
 them) and pack.json. Sequences are in random order, so any part of a pack samples all cities. No sequence is split.
 MSLS: Warburg et al. 2020, Mapillary Street-Level Sequences, https://github.com/mapillary/mapillary_sls
 """
@@ -68,8 +68,8 @@ def frame_size(image_size):
 def list_files(sources, skipped):
     """{path: read} of all images and tables in folders and .zip archives; read() returns the bytes of a file.
 
-    MSLS paths start at train_val or test, so its parts merge into one tree. Other paths start with the source's name.
-    Of files with the same path the last one is used, and those of MSLS's patch are last.
+    MSLS paths start at train_val or test, so its parts merge into one tree. Other paths start with the source's name:
+    give sources different names. If files have the same path, the last is used. Files of MSLS's patch come last.
     """
     found, files = [], {}
     for source in sources:
@@ -483,7 +483,7 @@ def parse_args(argv=None):
     add("--holdout", type=float, default=0.25, metavar="P", help="share of sequences to hold out (default: 0.25)")
     add("--limit", type=int, metavar="N", help="stop after N images; sequences are in random order (default: all)")
     add("--duplicates", type=int, default=4, metavar="BITS",
-        help="leave out an image if its 64-bit hash is within BITS bits of the one before it; 0 keeps all (default: 4)")
+        help="leave out an image if its 64-bit hash is within BITS bits of the last one kept; 0 keeps all (default: 4)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the order and of drawn streets (default: 0)")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads (default: one per core)")
     add("--demo", type=int, metavar="N", help="draw N frames of streets, without SOURCE (default: off)")

@@ -3,7 +3,7 @@
     python sample.py                                             # samples.png: seeds 0-63 of the newest run
     python sample.py --checkpoint runs/naive-64 --seeds 7,40-54 --scale 4 --out favourites.png
     python sample.py --n 50000 --separate --out fakes            # fakes/00000000.png, … one file per seed
-    python sample.py --score packs/streets                       # score and coverage of held-out images
+    python sample.py --score packs/streets                       # score and coverage, against held-out images
     python sample.py --arithmetic "3,8,21 - 5,9,30 + 2,14,40"    # arithmetic.png: sums of mean latents
     python sample.py --nearest packs/streets                     # nearest.png: does G copy training images?
     python sample.py --features packs/streets                    # how well do D's features predict a frame's city?

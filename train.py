@@ -7,7 +7,7 @@
 
 A run is a folder: checkpoint.pt and the one before it, generator-best.pt, a few generator-<images>.pt,
 samples/<images>.png, scores.csv, args.json and TensorBoard's events (tensorboard --logdir runs).
-Change the loss in DCGAN.step, devices in choose_device and set_up_device, data in prepare_data.prepare and list_files.
+Change the loss in DCGAN.step, devices in set_up_device (and model.py), data in prepare_data.prepare and list_files.
 """
 import argparse
 import copy
@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
     add("--device", choices=DEVICES, default="auto", help="auto (default) takes a GPU, a Gaudi card, or the CPU")
     add("--epochs", type=int, default=25, help="passes over the training frames (default: 25)")
-    add("--minutes", type=float, help="save and stop so long after the start, data included (default: no limit)")
+    add("--minutes", type=float, help="save and stop this many minutes after the start (0, the default: no limit)")
     add("--seed", type=int, default=0, help="seed of the weights, the order of frames and the noise (default: 0)")
     add("--precision", choices=("auto", *DTYPES), default="auto", help="auto (default): bf16 if the device has it")
     add("--bf16-ops", "--hmp-bf16", metavar="FILE", help="on hpu: the ops to run in bf16, one name per line")
@@ -132,7 +132,7 @@ def batches(frames, batch_size, seeds, step=0, pin=False):
         for epoch in count(step // steps_per_epoch):
             rng = np.random.default_rng((*seeds, epoch))  # seeds: (--seed, rank)
             for start, stop in rng.permutation(stretches):
-                rows = rng.permutation(stop - start)  # of a seen stretch too: the next ones depend on it
+                rows = rng.permutation(stop - start)  # for a seen stretch too: later permutations depend on it
                 rows = rows[:len(rows) // batch_size * batch_size].reshape(-1, batch_size)
                 unseen, skip = rows[skip:], max(0, skip - len(rows))
                 if len(unseen):
@@ -193,7 +193,7 @@ class DCGAN:
         loss_D = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()  # -log D(x) - log(1 - D(G(z)))
         self.update(self.opt_D, loss_D)
 
-        D.requires_grad_(False)  # G's update needs no gradients of D's weights: this saves a quarter of D's backward
+        D.requires_grad_(False)  # G's update needs no gradients of D's weights: this saves a sixth of D's backward
         with self.autocast():
             on_fake_after = self.logits(fake)  # the same fakes, after D's update
         loss_G = F.softplus(-on_fake_after).mean()  # -log D(G(z))
@@ -263,7 +263,7 @@ class DCGAN:
         """Continue bit for bit from what state_dict gave and the number of steps, with the command line's options."""
         for name in ("G", "D", "G_ema"):
             getattr(self, name).load_state_dict(saved[name])
-        # Gaudi's AdamW counts steps in the group, torch's with each parameter. In fp16 torch's skips some, uncounted.
+        # Gaudi's AdamW counts steps in the group, torch's in each parameter. Steps that fp16 skips are not counted.
         steps, scaler = float(saved["step"]), saved["scaler"]  # scaler is {} unless it was trained in fp16
         for name, optimizer in (("opt_G", self.opt_G), ("opt_D", self.opt_D)):
             groups = optimizer.state_dict()["param_groups"]
@@ -393,7 +393,7 @@ class Reporter:
         self.due = time.monotonic() + 60 * args.save_minutes
 
     def show(self, values, images):
-        with suppress(OSError):  # after a full disk TensorBoard shows no more of this run
+        with suppress(OSError):  # after a full disk TensorBoard gets nothing more until the run is resumed
             for name, value in values.items():
                 self.board.add_scalar(name, value, images)
             self.board.flush()  # before a checkpoint: a run that continues from it does not log these steps again
@@ -460,11 +460,11 @@ def main(argv=None):
     from_torchrun = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in from_torchrun)
     device = set_up_device(args, local_rank)
-    frames, pack = find_data(args, rank, world)
     newest, previous = Path(args.out, "checkpoint.pt"), Path(args.out, "checkpoint-previous.pt")
     checkpoint = newest if newest.exists() else previous  # a kill can come between the two renames of a save
     if checkpoint.exists() and not args.resume:
         raise InputError(f"{args.out} holds a run: continue it with --resume, or name another folder with --out")
+    frames, pack = find_data(args, rank, world)
     if world > 1:
         store, *_ = next(dist.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # torchrun's store keeps what restarted ranks wrote
@@ -485,7 +485,7 @@ def main(argv=None):
             step, images, scores = saved["step"], saved["images"], saved["scores"]
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{checkpoint} is damaged, or of other networks or an older train.py ({one_line(error)}). "
-                             f"To continue from the one before: mv {previous} {newest}") from error
+                             f"Only if it is damaged, continue from the one before: mv {previous} {newest}") from error
     if largest(images) != images:
         raise InputError(f"{args.out} is at image {images:,} here, and further on another machine: share one folder")
     images_per_step = args.batch_size * world  # a resumed run can have another: its data go on by images, not steps
@@ -496,10 +496,10 @@ def main(argv=None):
     if reporter:
         reporter.start(step, images)
 
-    stop = []  # Ctrl-C, or the SIGTERM of a spot machine: finish the step, save, exit. A second one ends it at once
+    stop = []  # Ctrl-C, or SIGTERM, which some launchers send twice: finish the step, save, exit
     def on_signal(signum, frame):
         stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C ends the process now
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
@@ -508,7 +508,7 @@ def main(argv=None):
         began = time.perf_counter()
         batch = next(stream).to(device.kind, non_blocking=True)
         waited += time.perf_counter() - began
-        # A seed for each step and rank: resuming is exact whatever a save has drawn, and the ranks' noise differs.
+        # A seed for each step and rank: a resumed run draws the same numbers, and the noise of the ranks differs.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, rank, step)).generate_state(1)[0]))
         stats = train_step(batch)
         step, images = step + 1, images + images_per_step

@@ -341,10 +341,11 @@ def compare_pictures(source, minutes, folder):
     pack = prepare_data.open_pack(folder / "pack")
     with open(folder / "pack" / "index.csv", **prepare_data.TEXT) as file:
         train_rows = [line for line in csv.DictReader(file) if line["split"] == "train"]
+    files = prepare_data.list_files([os.path.abspath(source)], skipped=[])
     for line in train_rows:
-        link = folder / "photos" / line["city"] / f"{line['row']}.jpg"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(source.resolve() / line["source file"])
+        photo = folder / "photos" / line["city"] / f"{line['row']}.jpg"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        photo.write_bytes(files[line["source file"]]())
     os.environ["OMP_NUM_THREADS"] = str(max(1, CORES // 2))
     torch.set_num_threads(max(1, CORES // 2))
     with ThreadPoolExecutor(1) as thread:
