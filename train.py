@@ -121,13 +121,13 @@ def cut_stretches(frames, batch_size):
 def batches(frames, batch_size, seeds, step=0, pin=False):
     """Yield uint8 (batch_size, H, W, 3) on the CPU, without end, as a run sees them from its step `step` on.
 
-    Stretches of the memory-mapped frames are read in random order (a single one, once), and shuffled. All batches are
-    whole, because Gaudi compiles for each shape: an epoch leaves out the rest of a stretch. Two threads read ahead.
+    Stretches of the memory-mapped frames are read in random order, and the frames of each are shuffled. A pack has its
+    sequences in random order, so a stretch samples hundreds of streets. All batches are whole, because Gaudi compiles
+    for each shape: an epoch leaves out the rest of a stretch. Two threads read and gather ahead.
     """
     stretches, steps_per_epoch = cut_stretches(frames, batch_size)
 
     def read():
-        single = np.array(frames) if len(stretches) == 1 else None
         skip = step % steps_per_epoch  # batches of this epoch that the run has seen
         for epoch in count(step // steps_per_epoch):
             rng = np.random.default_rng((*seeds, epoch))  # seeds: (--seed, rank)
@@ -136,7 +136,7 @@ def batches(frames, batch_size, seeds, step=0, pin=False):
                 rows = rows[:len(rows) // batch_size * batch_size].reshape(-1, batch_size)
                 unseen, skip = rows[skip:], max(0, skip - len(rows))
                 if len(unseen):
-                    yield np.array(frames[start:stop]) if single is None else single, unseen
+                    yield np.array(frames[start:stop]), unseen
 
     def gather():
         for stretch, rows in read_ahead(read(), 1):
