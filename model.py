@@ -177,7 +177,8 @@ def sorted_projections(patches, generator):
     directions /= (square - mean.square()).sqrt()[:, None]  # normalising these is faster than normalising the patches
     projected = directions.flatten(1) @ patches.flatten(1).T - directions.sum(2) @ mean[:, None]
     with ThreadPoolExecutor() as threads:  # sorts in place; torch.sort also makes indices, and takes ten times as long
-        threads.map(lambda row: row.sort(), projected.numpy())
+        for row in projected.numpy():
+            threads.submit(row.sort)
     return projected
 
 
@@ -210,8 +211,7 @@ class Score:
         torch.manual_seed(0)
         self.D = Discriminator(self.image_size, ndf=16).apply(init_weights).eval().requires_grad_(False)
         self.held_out = self.describe(spread_windows(pack.holdout, self.images, self.image_size))
-        real_features = self.held_out[1]
-        self.radius = torch.cdist(real_features, real_features).kthvalue(6, dim=2).values  # the first is itself
+        self.radius = torch.cdist(self.held_out[1], self.held_out[1]).kthvalue(6, dim=2).values  # the first is itself
         self.real = self.compare(self.describe(spread_windows(pack.train, self.images, self.image_size)))
 
     def describe(self, batches):

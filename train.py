@@ -499,7 +499,7 @@ def main(argv=None):
     stop = []  # Ctrl-C, or SIGTERM, which some launchers send twice: finish the step, save, exit
     def on_signal(signum, frame):
         stop.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C ends the process now
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # after that, a Ctrl-C ends the process at once
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
