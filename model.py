@@ -1,102 +1,187 @@
-"""The networks, and all that the scripts share. It needs torch, and NumPy for the score: copy it to your project and
+"""The networks, and all that the scripts share. It needs torch, and NumPy for the score.
+
+To draw pictures in your own project, copy this file and write
 
     from model import latents, load_generator
-    G, latent = load_generator("runs/naive-64")      # or netG_epoch_24.pth from pytorch/examples
+    G, latent = load_generator("runs/small-64")      # or netG_epoch_24.pth from pytorch/examples
     images = G(latents(range(16), G.nz, latent))     # (16, 3, 64, 64) in [-1, 1]
 
-The architecture is DCGAN: Radford, Metz, Chintala 2015, https://arxiv.org/abs/1511.06434, section 3.
+The architecture is DCGAN (section 3 of Radford, Metz, Chintala 2015,
+https://arxiv.org/abs/1511.06434).
+
+SPDX-License-Identifier: MIT
+Copyright (c) 2026 the authors of this repository
 """
+import errno
 import math
 import os
+import re
 import signal
 import sys
+import threading
+import time
+from argparse import ArgumentTypeError
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-# A preset sets networks, latents, batch size per process, optimizer and augmentation. Flags override it. instance_noise
-# is the std of Gaussian noise on D's input, augment shifts that input (train.translate), mirror flips real images.
-NAIVE = dict(image_size=64, kernel_size=4, nz=100, ngf=64, ndf=64, latent="normal", batch_size=128,
-             lr=2e-4, beta1=0.5, weight_decay=0.0, instance_noise=0.0, augment=False, mirror=False)
-PRESETS = {
-    "naive-64": NAIVE,                                                   # the sizes of pytorch/examples
-    "radford-64": dict(NAIVE, kernel_size=5, ngf=128, ndf=128, latent="uniform"),   # as in the paper
-    "clamp-64": dict(NAIVE, nz=256, ngf=256, batch_size=256),            # a strong G against a weak D
-    "safe-128": dict(NAIVE, image_size=128, nz=128, ngf=128, ndf=32, batch_size=256, weight_decay=0.05,
-                     instance_noise=0.05),
-    "small-64": dict(NAIVE, ngf=32, ndf=32, batch_size=16, augment=True, mirror=True),    # hundreds of photographs
-    "demo-64": dict(NAIVE, ngf=16, ndf=16, batch_size=16, lr=4e-4, augment=True),         # five minutes on a CPU
-}
+from torch.nn.utils import parametrize
 
 
-class InputError(ValueError):
-    """A mistake that the user can correct. The scripts print it as one line and exit with status 2."""
-
-
-# ---- the networks ---------------------------------------------------------------------------------------------------
-def widths(image_size):
-    """Channel multipliers from the 4×4 layer to the last hidden one: 64 → [8, 4, 2, 1], one for each doubling."""
-    if image_size not in (32, 64, 128, 256):
-        raise InputError(f"image size {image_size} is not supported: choose 32, 64, 128 or 256")
-    return [2 ** i for i in reversed(range(image_size.bit_length() - 3))]
-
-
+# ---- the networks --------------------------------------------------------------------------------
 class Generator(nn.Module):
     """Images from latents: z (N, nz) or (N, nz, 1, 1) → (N, nc, image_size, image_size) in [-1, 1].
 
-    kernel_size 4 gives the networks and state-dict keys of pytorch/examples; kernel_size 5 gives the paper's.
+    kernel_size 4 gives the networks and state-dict keys of pytorch/examples, 5 gives the paper's.
     """
 
     def __init__(self, image_size=64, nz=100, ngf=64, nc=3, kernel_size=4):
         super().__init__()
-        self.image_size, self.nz = image_size, nz
-        up = dict(kernel_size=kernel_size, stride=2, padding=(kernel_size - 1) // 2, output_padding=kernel_size % 2,
-                  bias=False)  # doubles the size
-        cs = [ngf * w for w in widths(image_size)]
-        layers = [nn.ConvTranspose2d(nz, cs[0], 4, bias=False), nn.BatchNorm2d(cs[0]), nn.ReLU()]  # (ngf*8) x 4 x 4
-        for c_in, c_out in zip(cs, cs[1:]):
-            layers += [nn.ConvTranspose2d(c_in, c_out, **up), nn.BatchNorm2d(c_out), nn.ReLU()]    # … (ngf) x 32 x 32
-        layers += [nn.ConvTranspose2d(cs[-1], nc, **up), nn.Tanh()]                                # (nc) x 64 x 64
+        check_image_size(image_size)
+        self.image_size = image_size
+        self.nz = nz
+        double = dict(
+            kernel_size=kernel_size,
+            stride=2,
+            padding=(kernel_size - 1) // 2,
+            output_padding=kernel_size % 2,
+            bias=False,
+        )
+        width = ngf * image_size // 8  # feature maps at 4×4 pixels: 8·ngf for images of 64 pixels
+
+        layers = [  # (nz) x 1 x 1 → (width) x 4 x 4
+            nn.ConvTranspose2d(nz, width, 4, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        while width > ngf:
+            layers += [  # for 64 pixels: → (4·ngf) x 8 x 8 → (2·ngf) x 16 x 16 → (ngf) x 32 x 32
+                nn.ConvTranspose2d(width, width // 2, **double),
+                nn.BatchNorm2d(width // 2),
+                nn.ReLU(),
+            ]
+            width //= 2
+        layers += [  # → (nc) x 64 x 64
+            nn.ConvTranspose2d(ngf, nc, **double),
+            nn.Tanh(),
+        ]
         self.main = nn.Sequential(*layers)
 
     def forward(self, z):
-        return self.main(z.view(len(z), -1, 1, 1))
+        return self.main(z.flatten(1)[..., None, None])
 
 
 class Discriminator(nn.Module):
-    """Logits from images: x (N, nc, image_size, image_size) in [-1, 1] → (N,). D(x) is their sigmoid."""
+    """Logits from images: x (N, nc, image_size, image_size) in [-1, 1] → (N,).
+
+    D(x), the probability that x is real, is their sigmoid. The network is the generator's mirror
+    image. Its first layer has no batch norm.
+    """
 
     def __init__(self, image_size=64, ndf=64, nc=3, kernel_size=4):
         super().__init__()
+        check_image_size(image_size)
         self.image_size = image_size
-        down = dict(kernel_size=kernel_size, stride=2, padding=(kernel_size - 1) // 2, bias=False)  # halves the size
-        cs = [ndf * w for w in reversed(widths(image_size))]
-        layers = [nn.Conv2d(nc, cs[0], **down), nn.LeakyReLU(0.2)]                                 # (ndf) x 32 x 32
-        for c_in, c_out in zip(cs, cs[1:]):
-            layers += [nn.Conv2d(c_in, c_out, **down), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]   # … (ndf*8) x 4 x 4
-        layers += [nn.Conv2d(cs[-1], 1, 4, bias=False)]                                            # 1 x 1 x 1
+        halve = dict(
+            kernel_size=kernel_size,
+            stride=2,
+            padding=(kernel_size - 1) // 2,
+            bias=False,
+        )
+        width = ndf
+
+        layers = [  # for 64 pixels: (nc) x 64 x 64 → (ndf) x 32 x 32
+            nn.Conv2d(nc, width, **halve),
+            nn.LeakyReLU(0.2),
+        ]
+        while width < ndf * image_size // 8:
+            layers += [  # → (2·ndf) x 16 x 16 → (4·ndf) x 8 x 8 → (8·ndf) x 4 x 4
+                nn.Conv2d(width, 2 * width, **halve),
+                nn.BatchNorm2d(2 * width),
+                nn.LeakyReLU(0.2),
+            ]
+            width *= 2
+        layers += [  # → 1 x 1 x 1
+            nn.Conv2d(width, 1, 4, bias=False),
+        ]
         self.main = nn.Sequential(*layers)
 
     def forward(self, x):
-        return self.main(x).view(-1)
+        return self.main(x).flatten()
+
+
+def check_image_size(image_size):
+    if image_size not in IMAGE_SIZES:
+        raise InputError(f"image size {image_size} is not supported: choose one of {IMAGE_SIZES}")
 
 
 def init_weights(module):
-    """For `net.apply`: weights N(0, 0.02), batch-norm gains N(1, 0.02), biases 0 (paper, section 4, and its code)."""
+    """For `net.apply`: weights N(0, 0.02), batch-norm gains N(1, 0.02), biases 0.
+
+    From the paper (section 4) and its authors' code. A layer with spectral norm computes its weight
+    from another one, `original`, which is the one that is trained and initialised.
+    """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0.0, 0.02)
+        weight = module.weight
+        if parametrize.is_parametrized(module, "weight"):
+            weight = module.parametrizations.weight.original
+        nn.init.normal_(weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
 
 
-# ---- latents and pictures -------------------------------------------------------------------------------------------
+# ---- presets -------------------------------------------------------------------------------------
+IMAGE_SIZES = (32, 64, 128, 256)
+
+NAIVE = dict(
+    image_size=64,
+    kernel_size=4,
+    nz=100,  # size of a latent
+    ngf=64,  # feature maps of G's last hidden layer
+    ndf=64,  # feature maps of D's first layer
+    latent="normal",  # or "uniform" on [-1, 1]
+    batch_size=128,  # of a process
+    lr=2e-4,  # of Adam, for G and D
+    beta1=0.5,
+    weight_decay=0.0,
+    instance_noise=0.0,  # standard deviation of Gaussian noise on D's input
+    augment=False,  # shift D's input: train.translate
+    mirror=False,  # flip half of the real images left to right
+)
+PRESETS = {
+    # the sizes of pytorch/examples
+    "naive-64": NAIVE,
+    # the paper's networks
+    "radford-64": dict(NAIVE, kernel_size=5, ngf=128, ndf=128, latent="uniform"),
+    # the write-up's strong G against a weak D
+    "clamp-64": dict(NAIVE, nz=256, ngf=256, batch_size=256),
+    # the write-up's 128 pixels
+    "safe-128": dict(NAIVE, image_size=128, nz=128, ngf=128, ndf=32, batch_size=256,
+                     weight_decay=0.05, instance_noise=0.05),
+    # hundreds to some thousands of photographs
+    "small-64": dict(NAIVE, ngf=32, ndf=32, batch_size=16, augment=True, mirror=True),
+    # drawn streets in five minutes on a CPU
+    "demo-64": dict(NAIVE, ngf=16, ndf=16, batch_size=16, lr=4e-4, augment=True),
+}
+# The options that a checkpoint's weights fit, and that are saved with them.
+SIZES = ("image_size", "kernel_size", "nz", "ngf", "ndf", "latent")
+
+
+class InputError(ValueError):
+    """A mistake that the user can correct. The scripts print one line and exit with status 2."""
+
+
+# ---- latents and pictures ------------------------------------------------------------------------
 def latents(seeds, nz, latent="normal"):
-    """float32 (len(seeds), nz) on the CPU: N(0, 1) or uniform on [-1, 1]. A row depends on its own seed alone."""
+    """float32 (len(seeds), nz) on the CPU: N(0, 1), or uniform on [-1, 1].
+
+    A row depends on its own seed alone.
+    """
     z = torch.empty(len(seeds), nz)
     for row, seed in zip(z, seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -108,52 +193,126 @@ def latents(seeds, nz, latent="normal"):
 
 
 def cut_windows(frames, image_size, mirror=False, generator=None):
-    """A random window of each frame: uint8 (N, H, W, 3) → float32 (N, 3, S, S) in [-1, 1], on the frames' device.
+    """A random window of each frame: uint8 (N, H, W, 3) → float32 (N, 3, S, S) in [-1, 1].
 
-    A window is a square of side s, uniform from S to H, at a random position, resized to S×S (bilinear). This is the
-    write-up's cropping, down-scaling and translation in one batched operation. `mirror` flips half of the windows.
+    A window is a square of side s, uniform from S to H, at a random position, resized to S×S
+    (bilinear). This is the write-up's cropping, down-scaling and translation in one batched
+    operation on the frames' device. `mirror` flips half of the windows left to right.
     """
     N, H, W, _ = frames.shape
-    size, top, left, flip = torch.rand(4, N, 1, device=frames.device, generator=generator)  # (N, 1) each, 0 to 1
-    side = image_size + size * (H - image_size)  # (N, 1) in pixels of the frame
-    ticks = (torch.arange(image_size, device=frames.device) + 0.5) / image_size  # pixel centres, 0 to 1 in the window
-    y = (top * (H - side) + ticks * side) * (2 / H) - 1  # (N, S), -1 to 1 across the frame, as grid_sample wants it
-    x = torch.where(flip < 0.5, 1 - ticks, ticks) if mirror else ticks
-    x = (left * (W - side) + x * side) * (2 / W) - 1
-    grid = torch.stack([x[:, None, :].expand(-1, image_size, -1), y[:, :, None].expand(-1, -1, image_size)], dim=3)
-    # If a profile shows grid_sample to be slow on Gaudi, two batched matrix products give the same windows to 4e-5:
-    # hat(y, H) @ frames @ hat(x, W).mT, with y and x in pixels and hat(at, n) = (1 - |at - arange(n)|).clamp(min=0).
-    images = F.grid_sample(frames.permute(0, 3, 1, 2).float(), grid, align_corners=False)
-    return images / 127.5 - 1
+    size, top, left, flip = torch.rand(4, N, 1, device=frames.device, generator=generator)
+    side = image_size + size * (H - image_size)  # (N, 1), in pixels of the frame
+
+    # Sampling positions across the window (0 to 1), then across the frame (-1 to 1): (N, S) each.
+    ticks = (torch.arange(image_size, device=frames.device) + 0.5) / image_size
+    across = torch.where(flip < 0.5, 1 - ticks, ticks) if mirror else ticks
+    y = (top * (H - side) + ticks * side) * (2 / H) - 1
+    x = (left * (W - side) + across * side) * (2 / W) - 1
+    grid = torch.stack([
+        x[:, None, :].expand(-1, image_size, -1),
+        y[:, :, None].expand(-1, -1, image_size),
+    ], dim=3)
+
+    images = frames.float().permute(0, 3, 1, 2)  # float first: Gaudi has no permute of uint8
+    return F.grid_sample(images, grid, align_corners=False) / 127.5 - 1
 
 
 def spread_windows(frames, n, image_size):
-    """n windows, always the same, evenly spread over frames (N, H, W, 3): batches of (≤ 256, 3, S, S) in [-1, 1]."""
+    """n windows, always the same, evenly spread over frames (N, H, W, 3), a NumPy array.
+
+    Yields batches of (≤ 256, 3, S, S) in [-1, 1].
+    """
     generator = torch.Generator().manual_seed(0)
-    for part in (torch.arange(n) * len(frames) // n).split(256):
+    rows = torch.arange(n) * len(frames) // n
+    for part in rows.split(256):
         yield cut_windows(torch.from_numpy(frames[part.numpy()]), image_size, generator=generator)
 
 
 @torch.no_grad()
 def render(G, z, scale=1, batch_size=64):
-    """Pictures of latents z (N, nz), computed on G's device: uint8 (N, 3, S·scale, S·scale) on the CPU, bicubic.
+    """Pictures of latents z (N, nz): uint8 (N, 3, S·scale, S·scale) on the CPU.
 
-    All batches have one size (zeros fill the last one): a picture depends on its latent alone, and Gaudi compiles once.
+    G's device computes them. All batches have one size (zeros fill the last one): a picture depends
+    on its latent alone, and Gaudi compiles once. `scale` enlarges the pictures (bicubic).
     """
-    device, pictures = next(G.parameters()).device, []
+    device = next(G.parameters()).device
+    pictures = []
     for part in z.split(batch_size):
-        padded = torch.cat([part, part.new_zeros(batch_size - len(part), G.nz)])
-        images = G(padded.to(device))
+        padding = part.new_zeros(batch_size - len(part), G.nz)
+        images = G(torch.cat([part, padding]).to(device))
         if scale > 1:
             images = F.interpolate(images, scale_factor=scale, mode="bicubic")
-        images = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        pictures.append(images.cpu()[:len(part)])
+        grey_levels = ((images + 1) * 127.5).round().clamp(0, 255)
+        # To uint8 on the CPU: on Gaudi this conversion is not documented.
+        pictures.append(grey_levels.cpu().to(torch.uint8)[:len(part)])
     return torch.cat(pictures).expand(-1, 3, -1, -1)  # a generator of grey pictures has one channel
 
 
-# ---- the score ------------------------------------------------------------------------------------------------------
+# ---- the score -----------------------------------------------------------------------------------
+class Score:
+    """How close generated pictures are to held-out images: score(G, latent) → (distance, coverage).
+
+    distance: sliced Wasserstein distance of patches × 1000, averaged over the scales of a pyramid
+    (Karras et al. 2018, https://arxiv.org/abs/1710.10196, section 5). Smaller is better. It sees
+    blur and grain, but not repetition.
+    coverage: share of held-out images that have a generated image nearer than their fifth held-out
+    neighbour, in the features of an untrained network (Naeem et al. 2020,
+    https://arxiv.org/abs/2002.09797). Larger is better. It falls where G repeats itself.
+
+    `train` and `holdout` are uint8 arrays (N, H, W, 3) of frames. `real` holds both figures for
+    training images. Raises InputError with fewer than 50 frames of either kind. The global random
+    numbers stay as they are.
+    """
+
+    def __init__(self, train, holdout, image_size):
+        self.frames = min(len(train), len(holdout), 2048)  # how many, of each kind
+        if self.frames < 50:
+            raise InputError("a score needs 50 training frames and 50 held-out frames: "
+                             f"there are {len(train)} and {len(holdout)}")
+        windows = math.ceil(1000 / self.frames)  # of each frame: several in small packs
+        self.images = self.frames * windows
+        self.network = untrained_network(image_size)
+
+        held_out = spread_windows(holdout, self.images, image_size)
+        self.projections, self.features = self.describe(held_out)
+        distances = torch.cdist(self.features, self.features)
+        self.radius = distances.kthvalue(6, dim=2).values  # the first neighbour is the image itself
+        self.real = self.compare(self.describe(spread_windows(train, self.images, image_size)))
+
+    def __call__(self, G, latent="normal"):
+        z = latents(range(self.images), G.nz, latent)
+        pictures = (render(G, part) / 127.5 - 1 for part in z.split(256))
+        return self.compare(self.describe(pictures))
+
+    def describe(self, batches):
+        """Batches of images → (sorted projections of each scale, features (k, frames, d)).
+
+        k is the number of windows of a frame. Group i of the features has each frame's i-th window.
+        """
+        generator = torch.Generator().manual_seed(0)
+        described = []
+        patches = []  # for each batch, a list with the patches of each scale
+        for images in batches:
+            described.append(features(self.network, images))
+            patches.append([random_patches(level, generator) for level in pyramid(images)])
+
+        projections = [sorted_projections(torch.cat(parts), generator) for parts in zip(*patches)]
+        return projections, torch.cat(described).unflatten(0, (self.frames, -1)).transpose(0, 1)
+
+    def compare(self, description):
+        """(distance, coverage) of what describe() returned."""
+        projections, described = description
+        gaps = [(a - b).abs().mean().item() for a, b in zip(self.projections, projections)]
+        nearest = torch.cdist(self.features, described).amin(dim=2)
+        covered = (nearest <= self.radius).float()
+        return 1000 * sum(gaps) / len(gaps), covered.mean().item()
+
+
 def pyramid(images):
-    """Laplacian pyramid of (N, 3, S, S): the detail lost in each halving, and the rest at 16 pixels."""
+    """Laplacian pyramid of images (N, 3, S, S).
+
+    Returns a list: the detail that each halving loses, and at last the image at 16 pixels.
+    """
     levels = []
     while images.shape[-1] > 16:
         smaller = F.avg_pool2d(images, 2)
@@ -171,180 +330,360 @@ def random_patches(images, generator):
 
 
 def sorted_projections(patches, generator):
-    """Patches (M, 3, 49), normalised per channel, along 128 random directions: (128, M), each row sorted."""
-    mean, square = patches.mean((0, 2)), patches.square().mean((0, 2))
+    """Patches (M, 3, 49), normalised per channel, along 128 random directions: (128, M).
+
+    Each row is sorted.
+    """
+    mean = patches.mean((0, 2))
+    std = (patches.square().mean((0, 2)) - mean.square()).sqrt()
     directions = F.normalize(torch.randn(128, 147, generator=generator)).unflatten(1, (3, 49))
-    directions /= (square - mean.square()).sqrt()[:, None]  # normalising these is faster than normalising the patches
-    projected = directions.flatten(1) @ patches.flatten(1).T - directions.sum(2) @ mean[:, None]
-    with ThreadPoolExecutor() as threads:  # sorts in place; torch.sort also makes indices, and takes ten times as long
+    directions /= std[:, None]  # normalising these is faster than normalising the patches
+    shift = directions.sum(2) @ mean[:, None]
+    projected = directions.flatten(1) @ patches.flatten(1).T - shift
+
+    # NumPy sorts in place. torch.sort also makes indices, and takes ten times as long.
+    with ThreadPoolExecutor() as threads:
         for row in projected.numpy():
             threads.submit(row.sort)
     return projected
 
 
-def features(D, x):
-    """D's activations of each layer, max-pooled to 4×4 (paper, section 5): images (N, 3, S, S) → (N, 16 · channels)."""
+def untrained_network(image_size):
+    """The layers of an untrained discriminator with 16 feature maps, for the coverage.
+
+    It is apart from Discriminator: scores stay comparable when the trained networks change.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # on the CPU alone
+        width = 16
+        layers = [nn.Conv2d(3, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
+        while width < 2 * image_size:
+            layers += [
+                nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(2 * width),
+                nn.LeakyReLU(0.2),
+            ]
+            width *= 2
+        layers += [nn.Conv2d(width, 1, 4, bias=False)]
+
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1.0, 0.02)
+    return nn.Sequential(*layers).eval().requires_grad_(False)
+
+
+def features(layers, x):
+    """What all convolutions but the first one read, max-pooled to 4×4 pixels (paper, section 5).
+
+    layers: the `main` of a discriminator in eval mode. x: (N, 3, S, S) → (N, 16 · channels).
+    """
     pooled = []
-    for layer in D.main[:-1]:
-        x = layer(x)
-        if isinstance(layer, nn.LeakyReLU):
+    for i, layer in enumerate(layers):
+        if isinstance(layer, nn.Conv2d) and i > 0:
             pooled.append(F.max_pool2d(x, x.shape[-1] // 4).flatten(1))
+        x = layer(x)
     return torch.cat(pooled, 1)
 
 
-class Score:
-    """How close a generator's pictures are to a pack's held-out images: score(G, latent) → (distance, coverage).
+# ---- devices -------------------------------------------------------------------------------------
+DEVICES = ("auto", "cuda", "hpu", "mps", "cpu")
 
-    distance: sliced Wasserstein distance of patches × 1000, averaged over the scales of a pyramid; smaller is better
-    (Karras et al. 2018, https://arxiv.org/abs/1710.10196, section 5). It sees blur and grain, but not repetition.
-    coverage: share of held-out images that have a generated image nearer than their fifth held-out neighbour, in the
-    features of an untrained D (Naeem et al. 2020, https://arxiv.org/abs/2002.09797). It falls where G repeats itself.
-    `real` holds both figures for training images. Raises InputError with fewer than 50 frames of either kind.
+
+def choose_device(name="auto", local_rank=0):
+    """One of DEVICES → torch.device. It is used once, so that what is wrong with it shows here.
+
+    auto takes a GPU, then a Gaudi card, then the CPU. If one cannot be used, it prints a warning
+    and takes the next. local_rank is the number of the GPU. Raises InputError with the library's
+    own words.
     """
+    if name == "auto":
+        candidates = [kind for kind in ("cuda", "hpu") if is_installed(kind)] + ["cpu"]
+    else:
+        candidates = [name]
 
-    def __init__(self, pack):
-        self.image_size = pack.image_size
-        self.frames = min(len(pack.train), len(pack.holdout), 2048)  # how many, of each split
-        if self.frames < 50:
-            raise InputError(f"{pack.folder} has fewer than 50 training frames or fewer than 50 held-out frames")
-        self.images = self.frames * math.ceil(1000 / self.frames)  # several windows per frame in small packs
-        torch.manual_seed(0)
-        self.D = Discriminator(self.image_size, ndf=16).apply(init_weights).eval().requires_grad_(False)
-        self.held_out = self.describe(spread_windows(pack.holdout, self.images, self.image_size))
-        self.radius = torch.cdist(self.held_out[1], self.held_out[1]).kthvalue(6, dim=2).values  # the first is itself
-        self.real = self.compare(self.describe(spread_windows(pack.train, self.images, self.image_size)))
-
-    def describe(self, batches):
-        """Images → sorted projections per scale, and features (k, frames, d): group i has each frame's i-th window."""
-        generator, described, levels = torch.Generator().manual_seed(0), [], []
-        for images in batches:
-            described.append(features(self.D, images))
-            levels.append([random_patches(level, generator) for level in pyramid(images)])
-        projections = [sorted_projections(torch.cat(parts), generator) for parts in zip(*levels)]
-        return projections, torch.cat(described).unflatten(0, (self.frames, -1)).transpose(0, 1)
-
-    def compare(self, description):
-        (real, real_features), (fake, fake_features) = self.held_out, description
-        distance = 1000 * sum((a - b).abs().mean().item() for a, b in zip(real, fake)) / len(real)
-        nearest = torch.cdist(real_features, fake_features).amin(dim=2)
-        return distance, (nearest <= self.radius).float().mean().item()
-
-    def __call__(self, G, latent="normal"):
-        z = latents(range(self.images), G.nz, latent)
-        return self.compare(self.describe(render(G, part) / 127.5 - 1 for part in z.split(256)))
+    for kind in candidates:
+        try:
+            use_once(kind, local_rank)
+            return torch.device(kind)
+        except Exception as error:  # each library raises kinds of its own
+            if name == kind:
+                raise InputError(f"--device {name}: {one_line(error)}. "
+                                 "On a CPU use --device cpu") from error
+            warn(f"{kind} cannot be used: {one_line(error)}. Without another device: the CPU")
 
 
-# ---- devices --------------------------------------------------------------------------------------------------------
-DEVICES = ("auto", "cuda", "hpu", "cpu")
+def is_installed(kind):
+    """Whether `auto` tries this kind of device. A busy or unsuitable one is installed too."""
+    if kind == "cuda":
+        return torch.cuda.is_available()  # warns if the driver is too old
+    return find_spec("habana_frameworks") is not None
 
 
-def choose_device(name="auto"):
-    """One of DEVICES → torch.device. auto takes a GPU, then a free Gaudi card, then the CPU. Raises InputError.
-
-    On Gaudi this acquires a card, because is_available() counts busy cards too. PT_HPU_LAZY_MODE is 1 by default.
-    """
-    problem = {"cuda": "torch finds no NVIDIA GPU, or is built without CUDA",
-               "hpu": "the plugin habana_frameworks is not installed (docs.habana.ai, Installation Guide)"}
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
-    if name in ("auto", "hpu") and find_spec("habana_frameworks"):
+def use_once(kind, local_rank):
+    """Calculate on a GPU, or acquire a Gaudi card. Raises what the library raises."""
+    if kind == "hpu":
         os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
         try:
             import habana_frameworks.torch.core  # noqa: F401  makes torch know the device hpu
-            torch.hpu.get_device_name()
-            return torch.device("hpu")
-        except Exception as error:  # no card, all cards busy, or a driver that does not fit
-            problem["hpu"] = f"no Gaudi card can be used: {one_line(error)}"
-            if name == "auto":
-                print(f"warning: {problem['hpu']}; using the CPU", file=sys.stderr)
-    if name in ("auto", "cpu"):
-        return torch.device("cpu")
-    raise InputError(f"--device {name}: {problem[name]}. On a CPU use --device cpu")
+        except ModuleNotFoundError:
+            raise ImportError("the plugin habana_frameworks is not installed "
+                              "(docs.habana.ai, Installation Guide)") from None
+        if not torch.hpu.get_device_name():  # acquires it: is_available() counts busy cards too
+            raise RuntimeError("torch.hpu finds no Gaudi card")
+    elif kind == "cpu":
+        limit_threads()
+    else:
+        if kind == "cuda":
+            torch.cuda.set_device(local_rank)
+        torch.ones(2, device=kind).sum().item()
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def limit_threads(cgroup="/sys/fs/cgroup"):
+    """Take no more threads than a container's CPU quota. torch starts one for each core.
+
+    OMP_NUM_THREADS overrides it.
+    """
+    quota = math.inf
+    with suppress(OSError, ValueError):  # cgroup v2: "200000 100000" or "max 100000"
+        allowed, period = Path(cgroup, "cpu.max").read_text().split()
+        quota = int(allowed) / int(period)
+    with suppress(OSError, ValueError):  # cgroup v1: -1 without a limit
+        allowed = int(Path(cgroup, "cpu/cpu.cfs_quota_us").read_text())
+        if allowed > 0:
+            quota = allowed / int(Path(cgroup, "cpu/cpu.cfs_period_us").read_text())
+    if quota < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, math.ceil(quota)))
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
+def newest_run():
+    """The folder in runs/ whose checkpoint was saved last. Raises InputError if there is none."""
+    saved = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
+    if not saved:
+        raise InputError("there is no run in runs/: train first (python train.py), "
+                         "or name a run with --checkpoint")
+    return saved[-1].parent
+
+
+def find_checkpoint(path, *names):
+    """`path` itself if it is a file, or the first of `names` that the folder `path` holds."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        runs = ", ".join(sorted(str(file.parent) for file in Path("runs").glob("*/checkpoint.pt")))
+        raise InputError(f"there is no {path}" + (f"; the runs are {runs}" if runs else ""))
+    for name in names:
+        if (path / name).exists():
+            return path / name
+    raise InputError(f"{path} holds none of {', '.join(names)}: name a run's folder, or a file")
+
+
 def load_file(path):
-    """The dictionary in a checkpoint, its tensors on the CPU. Never runs code from the file. Raises InputError."""
+    """The dictionary in a checkpoint, its tensors on the CPU. It never runs code from the file.
+
+    Raises InputError.
+    """
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{path}: {error.strerror}") from error
     except Exception as error:  # a cut or foreign file makes pickle, zip and torch raise many kinds
-        raise InputError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from error
+        hint = ""
+        if "Unsupported global" in str(error):  # a pickled module, or any other object
+            hint = ". If it holds a whole network, save its state_dict() instead"
+        kind = type(error).__name__
+        raise InputError(f"{path} is damaged or not a checkpoint ({kind}){hint}") from error
 
 
-def find_file(path, *names):
-    """`path` if it is a file, or the first of `names` in the folder `path`. None means the newest run in runs/."""
-    if path is None:
-        saved = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
-        if not saved:
-            raise InputError("there is no run in runs/: train first (python train.py), or name a run with --checkpoint")
-        path = saved[-1].parent
-    found = [Path(path, name) for name in names if Path(path, name).exists()]
-    if Path(path).is_dir() and not found:
-        raise InputError(f"{path} holds none of {', '.join(names)}: name a run's folder, or a file")
-    return found[0] if found else Path(path)
+# Names of other projects for a network's state dict in a larger dictionary.
+G_NAMES = ("G_ema", "G", "netG", "generator", "state_dict")
+D_NAMES = ("D", "netD", "discriminator", "state_dict")
 
 
-def rebuild(network, state, path):
-    """A Generator or Discriminator in eval mode, in float32, whose sizes come from the shapes of the weights."""
+def find_weights(content, names):
+    """The state dict in a file's content: the content itself, or what the first of `names` holds.
+
+    Prefixes of keys that DataParallel and torch.compile add are removed.
+    """
+    weights = content
+    for name in names:
+        if isinstance(content.get(name), dict):
+            weights = content[name]
+            break
+    prefixes = re.compile(r"^(module\.|_orig_mod\.)+")
+    return {prefixes.sub("", str(key)): value for key, value in weights.items()}
+
+
+def guess_sizes(network, weights):
+    """The arguments of a Generator or Discriminator, from the weights of another project's file."""
+    shapes = [weight.shape for weight in weights.values() if weight.dim() == 4]
+    if network is Generator:
+        nz = shapes[0][0]
+        ngf, nc, kernel_size, _ = shapes[-1]
+        sizes = dict(nz=nz, ngf=ngf)
+    else:
+        ndf, nc, kernel_size, _ = shapes[0]
+        sizes = dict(ndf=ndf)
+    if nc not in (1, 3):
+        raise ValueError(f"its images have {nc} channels: 1 or 3 are possible")
+    return dict(sizes, image_size=2 ** (len(shapes) + 1), nc=nc, kernel_size=kernel_size)
+
+
+def rebuild(network, content, names, path):
+    """The Generator or Discriminator in a file's content, on the CPU, in eval mode, in float32.
+
+    A checkpoint of train.py holds its sizes. Raises InputError if there is no such network.
+    """
     try:
-        shapes = [weight.shape for weight in state.values() if weight.dim() == 4]
-        sizes = (shapes[0][0], *shapes[-1][:3]) if network is Generator else shapes[0][:3]  # nz, ngf or ndf, nc, kernel
+        weights = find_weights(content, names)
+        if "sizes" in content:
+            own = ("nz", "ngf") if network is Generator else ("ndf",)
+            sizes = {name: content["sizes"][name] for name in ("image_size", "kernel_size", *own)}
+        else:
+            sizes = guess_sizes(network, weights)
         with torch.device("meta"):  # takes no memory until the weights are in
-            net = network(2 ** (len(shapes) + 1), *sizes)
-        net.load_state_dict(state, assign=True)
+            net = network(**sizes)
+        net.load_state_dict(weights, assign=True)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} holds no DCGAN {network.__name__.lower()} ({one_line(error)})") from error
+        kind = network.__name__.lower()
+        raise InputError(f"{path} holds no DCGAN {kind} ({one_line(error)})") from error
     return net.float().eval().requires_grad_(False)
 
 
 def load_generator(path=None):
-    """(G on the CPU, 'normal' or 'uniform') from a run's folder (its best generator, else its newest) or from a file.
+    """(G on the CPU, "normal" or "uniform") from a run's folder, or from a file.
 
-    Takes a bare state dict too (netG_*.pth of pytorch/examples). None is the newest run in runs/. Raises InputError.
+    A folder gives its best generator, or else its newest. A file can be a state dict of other
+    projects (netG_*.pth of pytorch/examples). None is the newest run in runs/. Raises InputError.
     """
-    path = find_file(path, "generator-best.pt", "checkpoint.pt", "checkpoint-previous.pt")
+    path = find_checkpoint(path or newest_run(), "best.pt", "checkpoint.pt")
     content = load_file(path)
-    print(f"generator: {path}")
-    return rebuild(Generator, content.get("G_ema", content.get("G", content)), path), content.get("latent", "normal")
+    say(f"generator: {path}")
+    latent = content.get("sizes", {}).get("latent", "normal")
+    return rebuild(Generator, content, G_NAMES, path), latent
 
 
 def load_discriminator(path=None):
-    """D on the CPU, from a run's folder or from its checkpoint.pt, the one file that has a D. Raises InputError."""
-    path = find_file(path, "checkpoint.pt", "checkpoint-previous.pt")
-    return rebuild(Discriminator, load_file(path).get("D", {}), path)
+    """D on the CPU, from a run's folder or a file, like load_generator. Raises InputError."""
+    path = find_checkpoint(path or newest_run(), "best.pt", "checkpoint.pt")
+    return rebuild(Discriminator, load_file(path), D_NAMES, path)
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 def seed_list(text):
-    """An argparse type: '0-63,100' → [0, …, 63, 100]. argparse reports the ValueError."""
+    """An argparse type: "0-63,100" → [0, …, 63, 100]."""
     seeds = []
     for span in text.split(","):
-        first, _, last = span.partition("-")
-        if not 0 <= int(first) <= int(last or first) < 2 ** 63:
-            raise ValueError(span)
-        seeds += range(int(first), int(last or first) + 1)
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", span)
+        if not match:
+            raise ArgumentTypeError(f"{text!r} is not a list of seeds: write 7,40 or 0-63,100")
+        first = int(match[1])
+        last = int(match[2] or first)
+        if last < first:
+            raise ArgumentTypeError(f"{span} descends: write {last}-{first}")
+        if last >= 2 ** 63:
+            raise ArgumentTypeError(f"{span} is too large: seeds are below 2^63")
+        seeds += range(first, last + 1)
     return seeds
 
 
-def run_script(main):
-    """Call a script's main(). A user's mistake, a full disk or too little memory gives one line and exit status 2."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))  # unwinds
+def one_line(error):
+    """The text of an exception on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def say(*values, end="\n", file=None):
+    """Print. Output that cannot be written (a closed pipe, a full disk) does not end the work."""
+    with suppress(OSError, ValueError):
+        print(*values, end=end, file=file or sys.stdout, flush=True)
+
+
+def warn(text):
+    say(f"warning: {text}", file=sys.stderr)
+
+
+@contextmanager
+def handling(handler, *names):
+    """Within it, the signals with these names call handler(signum, frame).
+
+    Ignored signals stay ignored (nohup). Outside the main thread nothing is set, because Python
+    does not allow it.
+    """
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in names:
+            signum = getattr(signal, name, None)  # Windows has few signals
+            if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:
+                previous[signum] = signal.signal(signum, handler)
     try:
-        return main()
-    except (InputError, OSError) as error:
-        problem = error
-    except (RuntimeError, MemoryError) as error:  # torch raises another RuntimeError on each device
-        if isinstance(error.__context__, SystemExit):  # a signal that interrupts a lock makes the lock raise this
+        yield
+    finally:
+        for signum, old in previous.items():
+            signal.signal(signum, old)
+
+
+def unwind(signum, frame):
+    """A signal handler: end the script as if it had called sys.exit, so that it can clean up."""
+    sys.exit(128 + signum)
+
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+MEMORY_ERRORS = ("can't allocate memory", "not enough memory", "Allocation failed")
+
+
+def find_problem(error, memory_advice):
+    """The line for an error that a user can correct, or None for a mistake in the code."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if out_of_memory or any(words in str(error) for words in MEMORY_ERRORS):
+        return f"out of memory: {memory_advice} ({one_line(error)})"
+    return None
+
+
+def run_script(main, memory_advice="choose smaller networks or fewer pictures"):
+    """Call a script's main(). A user's mistake, a full disk or too little memory gives one line.
+
+    The exit status is 2 then. Other errors keep their traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):  # None if it is closed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for names that the stream cannot encode
+    try:
+        with handling(unwind, "SIGTERM", "SIGINT", "SIGHUP"):
+            report_problems(main, memory_advice)
+    finally:
+        close_output()
+
+
+def report_problems(main, memory_advice):
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error.__context__, SystemExit):  # a signal that interrupts a lock
             raise error.__context__ from None
-        if not any(words in repr(error).lower() for words in ("out of memory", "alloc", "memoryerror")):
+        problem = find_problem(error, memory_advice)
+
+        # Of torchrun's processes, the first prints a mistake that all make, and one that lost its
+        # connection prints nothing: torchrun ends the others while they wait here.
+        local_rank = os.environ.get("LOCAL_RANK")
+        if local_rank and (local_rank != "0" or problem is None):
+            time.sleep(10)
+        if problem is None:
             raise
-        problem = "out of memory: choose a smaller --batch-size, smaller networks or fewer pictures"
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
+        say(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def close_output():
+    """Write what is left. Where nobody reads it, Python must not end with a traceback."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
