@@ -232,7 +232,7 @@ PAGE = """\
   [aria-pressed=true], #copy { background: var(--accent); color: var(--on-accent);
                                border-color: var(--accent); }
   #next { display: block; width: 100%; padding: 0; border: 0; border-radius: .75rem;
-          overflow: hidden; background: var(--line); }
+          overflow: hidden; }
   #next img { display: block; width: 100%; aspect-ratio: 1; }
   figure { margin: 0 0 2rem; }
   figcaption { display: flex; justify-content: space-between; align-items: center;
