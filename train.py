@@ -80,9 +80,11 @@ class DCGAN:
 
         torch.manual_seed(args.seed)  # the same weights in all processes
         G = Generator(args.image_size, args.nz, args.ngf, kernel_size=args.kernel_size)
+        G.apply(init_weights)
         D = Discriminator(args.image_size, args.ndf, kernel_size=args.kernel_size)
-        self.G = G.apply(init_weights).to(device.kind, memory_format=device.layout)
-        self.D = D.apply(init_weights).to(device.kind, memory_format=device.layout)
+        D.apply(init_weights)
+        self.G = G.to(device.kind, memory_format=device.layout)
+        self.D = D.to(device.kind, memory_format=device.layout)
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
         self.steps = torch.zeros((), device=device.kind)  # a number would be a new graph on Gaudi
 
