@@ -435,6 +435,14 @@ class Pack(NamedTuple):
     holdout: np.ndarray  # likewise; N can be 0
     info: dict           # pack.json
 
+    @property
+    def identity(self):
+        """A hash of index.csv: packs of the same frames have the same. '' for a pack without it."""
+        try:
+            return blake2b((self.folder / "index.csv").read_bytes(), digest_size=8).hexdigest()
+        except FileNotFoundError:
+            return ""
+
 
 def open_pack(folder):
     """The Pack in a folder. Raises InputError if there is none, or if its arrays are not what pack.json says."""

@@ -1,32 +1,44 @@
 """Train a DCGAN (Radford, Metz, Chintala 2015, https://arxiv.org/abs/1511.06434) on street scenes.
 
-    python train.py                                      # draws its own streets: five minutes on two CPU cores
+    python train.py                                      # draws its own streets: five minutes
+    python train.py --data photos                        # a folder of photographs, a pack or MSLS
     python train.py --data packs/msls --preset clamp-64 --minutes 480
-    python train.py --device hpu --data /mnt/gp3/msls    # raw images are prepared first, once
-    torchrun --nproc-per-node 8 train.py --device hpu --data packs/msls --resume      # continue the run, or start it
+    python train.py --device hpu --data /mnt/gp3/msls    # on a Gaudi card
+    python train.py --resume --out runs/small-64         # continue a run
+    torchrun --nproc-per-node 8 train.py --data packs/msls --resume    # on eight devices
 
-A run is a folder: checkpoint.pt and the one before it, generator-best.pt, a few generator-<images>.pt,
-samples/<images>.png, scores.csv, args.json and TensorBoard's events (tensorboard --logdir runs).
-Change the loss in DCGAN.step, devices in set_up_device (and model.py), data in prepare_data.prepare and list_files.
+A run is a folder: checkpoint.pt, best.pt (the checkpoint with the best score), some
+generator-<images>.pt, samples/<images>.png, scores.csv, args.json and TensorBoard's events
+(tensorboard --logdir runs).
+
+SPDX-License-Identifier: MIT
+Copyright (c) 2026 the authors of this repository
 """
 import argparse
+import atexit
 import copy
 import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # choose_device loads Gaudi's plugin, after its settings
+if __name__ == "__main__":  # torch reads these when it is imported
+    # Gaudi's plugin is loaded by choose_device, after its own variables are set.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import numpy as np
 import torch
@@ -35,83 +47,298 @@ import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
-from model import (DEVICES, PRESETS, Discriminator, Generator, InputError, Score, choose_device,  # isort: skip
-                   cut_windows, init_weights, latents, load_file, one_line, render, run_script, spread_windows)
+from model import (  # isort: skip
+    D_NAMES, DEVICES, G_NAMES, IMAGE_SIZES, NAIVE, PRESETS, SIZES, Discriminator, Generator,
+    InputError, Score, choose_device, cut_windows, find_checkpoint, guess_sizes, find_weights,
+    handling, init_weights, latents, load_file, one_line, rebuild, render, run_script, say,
+    spread_windows, warn)
 from prepare_data import find_pack, open_pack
 
-DEMO = dict(preset="demo-64", epochs=1000, minutes=4.5, save_minutes=1)  # without --data and --preset
-STATS = ("Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))")  # of a step; 1 and 2: before and after D's update
-SCORES = ("images", "score", "coverage", "score of real images", "coverage of real images", "D(held out)")
-DTYPES = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # for autocast, which is off in fp32
+
+# ---- the networks and a training step ------------------------------------------------------------
+def d_loss(on_real, on_fake):
+    """-log D(x) - log(1 - D(G(z))), from logits: softplus(-a) = -log(sigmoid(a))."""
+    return F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
 
 
-# ---- arguments ------------------------------------------------------------------------------------------------------
-def parse_args(argv=None):
-    """The command line overrides the resumed run's args.json, which overrides the preset. A mistake exits with 2."""
-    parser = argparse.ArgumentParser(usage="train.py [options]", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", help="a pack, an MSLS tree, or any folder of images (default: drawn streets)")
-    add("--preset", choices=PRESETS, help="sets the second group (default: naive-64; demo-64 without --data)")
-    add("--out", help="the run's folder (default: runs/<preset>)")
-    add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
-    add("--device", choices=DEVICES, default="auto", help="auto (default) takes a GPU, a Gaudi card, or the CPU")
-    add("--epochs", type=int, default=25, help="passes over the training frames (default: 25)")
-    add("--minutes", type=float, help="save and stop this many minutes after the start (0, the default: no limit)")
-    add("--seed", type=int, default=0, help="seed of the weights, the order of frames and the noise (default: 0)")
-    add("--precision", choices=("auto", *DTYPES), default="auto", help="auto (default): bf16 if the device has it")
-    add("--bf16-ops", "--hmp-bf16", metavar="FILE", help="on hpu: the ops to run in bf16, one name per line")
-    add("--fp32-ops", "--hmp-fp32", metavar="FILE", help="on hpu: the ops to run in fp32, one name per line")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile (on hpu: in eager mode)")
-    add("--graph", action=argparse.BooleanOptionalAction, default=False, help="on cuda: replay a step as a CUDA graph")
-    add("--save-minutes", type=float, default=5, help="time between saves; each waits for a log line (default: 5)")
-    add("--log-every", type=int, default=50, help="steps from one log line to the next (default: 50)")
-    add = parser.add_argument_group("set by the preset").add_argument
-    add("--image-size", type=int, choices=(32, 64, 128, 256), help="size of the images in pixels")
-    add("--kernel-size", type=int, choices=(4, 5), help="4 as in pytorch/examples, 5 as in the paper")
-    add("--nz", type=int, help="size of a latent")
-    add("--ngf", type=int, help="feature maps of G's last hidden layer")
-    add("--ndf", type=int, help="feature maps of D's first layer")
-    add("--latent", choices=("normal", "uniform"), help="distribution of the latents")
-    add("--batch-size", type=int, help="images per step and process")
-    add("--lr", type=float, help="learning rate of G and D")
-    add("--beta1", type=float, help="Adam's beta1")
-    add("--weight-decay", type=float, help="AdamW's weight decay")
-    add("--instance-noise", type=float, help="standard deviation of the noise on D's input")
-    add("--augment", action=argparse.BooleanOptionalAction, help="shift D's input by up to an eighth of its size")
-    add("--mirror", action=argparse.BooleanOptionalAction, help="flip half of the real images left to right")
-    typed = parser.parse_args(argv)  # once to learn the preset and the run, and once more with their defaults
-    defaults = DEMO if not (typed.data or typed.preset) else {"preset": typed.preset or "naive-64"}
-    out = Path(typed.out or f"runs/{defaults['preset']}")
-    if typed.resume and (out / "args.json").exists():
-        defaults = json.loads((out / "args.json").read_text())
-        if typed.preset not in (None, defaults["preset"]):
-            parser.error(f"--preset {typed.preset}: {out} is a run of {defaults['preset']}. Name another --out")
-    parser.set_defaults(**{**PRESETS[defaults["preset"]], **defaults, "out": str(out)})
-    args = parser.parse_args(argv)
-    least = dict(epochs=1, batch_size=2, nz=1, ngf=1, ndf=1, log_every=1, seed=0, lr=0, beta1=0, weight_decay=0)
-    for name, value in least.items():
-        if not getattr(args, name) >= value:  # not a number fails too
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: choose {value} or more")
-    return args
+def g_loss(on_fake):
+    """-log D(G(z)), the non-saturating loss (Goodfellow et al. 2014, section 3)."""
+    return F.softplus(-on_fake).mean()
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
-def find_data(args, rank, world):
-    """(this rank's training frames, the pack). Raw images are prepared first. All ranks get equally many frames."""
-    if world > 1 and not Path(args.data or "", "pack.json").exists():
-        raise InputError("several processes need a pack: run prepare_data.py first, and name its output with --data")
-    pack = open_pack(find_pack(args.data, args.image_size))
-    if pack.image_size != args.image_size:
-        raise InputError(f"{pack.folder} is a pack for --image-size {pack.image_size}: choose a preset of that size")
-    n = len(pack.train) // world
-    if args.batch_size > n:
-        raise InputError(f"--batch-size {args.batch_size} is more than the {n} training frames of a process")
-    return pack.train[rank * n:rank * n + n], pack
+class DCGAN:
+    """G, D, their optimizers, and G_ema, the exponential moving average (EMA) of G's weights.
+
+    G_ema draws the samples. `args` has the options of the command line, `device` is a Device, and
+    `world` is the number of processes that train together.
+    """
+
+    def __init__(self, args, device, world=1):
+        self.args = args
+        self.device = device
+        self.world = world
+
+        torch.manual_seed(args.seed)  # the same weights in all processes
+        G = Generator(args.image_size, args.nz, args.ngf, kernel_size=args.kernel_size)
+        G.apply(init_weights)
+        D = Discriminator(args.image_size, args.ndf, kernel_size=args.kernel_size)
+        D.apply(init_weights)
+        self.G = G.to(device.kind, memory_format=device.layout)
+        self.D = D.to(device.kind, memory_format=device.layout)
+        self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
+        self.steps = torch.zeros((), device=device.kind)  # a number would be a new graph on Gaudi
+
+        adam = dict(
+            lr=args.lr,
+            betas=(args.beta1, 0.999),
+            eps=1e-8,
+            weight_decay=args.weight_decay,
+            **device.adam,
+        )
+        self.opt_G = device.AdamW(self.G.parameters(), **adam)
+        self.opt_D = device.AdamW(self.D.parameters(), **adam)
+        self.scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
+        if args.compile:
+            self.G.compile(backend=device.compiler)
+            self.D.compile(backend=device.compiler)
+
+    def step(self, frames):
+        """One update of D, then one of G: algorithm 1 of Goodfellow et al. 2014 with k = 1.
+
+        frames: uint8 (N, H, W, 3) on the device. Returns {name: float32 scalar on the device}.
+        Both updates look at the same fakes, so D(G(z)) is known twice: before and after D's update.
+        test_a_step_equals_the_plain_loop_to_rounding in tests/test_train.py shows the same step in
+        its well-known form. Do not call .item() here: it waits for the device, and a CUDA graph
+        cannot record it.
+        """
+        G, D = self.G, self.D
+        real = cut_windows(frames, self.args.image_size, self.args.mirror)
+        z = self.draw_latents(len(frames))
+
+        # D learns: D(x) rises for real images, and D(G(z)) falls.
+        with self.autocast():
+            fake = G(z)
+            real = real.to(fake.dtype, memory_format=self.device.layout)
+            # Real and fake images go through D apart: each kind has its own batch statistics.
+            on_real = self.logits(real)
+            on_fake = self.logits(fake.detach())  # D's update leaves G alone
+        loss_D = d_loss(on_real, on_fake)
+        self.update(self.opt_D, loss_D)
+
+        # G learns: D(G(z)) rises. D's weights need no gradients, which saves a sixth of the time.
+        D.requires_grad_(False)
+        with self.autocast():
+            on_fake_after = self.logits(fake)
+        loss_G = g_loss(on_fake_after)
+        with torch.no_grad():
+            stats = {
+                "Loss_D": loss_D.detach(),
+                "Loss_G": loss_G.detach(),
+                "D(x)": on_real.sigmoid().mean(),
+                "D(G(z1))": on_fake.sigmoid().mean(),
+                "D(G(z2))": on_fake_after.sigmoid().mean(),
+            }
+        self.update_average(len(frames) * self.world)
+        self.update(self.opt_G, loss_G)  # last: on Gaudi it ends the graph, with all of the above
+        D.requires_grad_(True)
+        return stats
+
+    def draw_latents(self, n):
+        z = torch.empty(n, self.args.nz, device=self.device.kind)
+        return z.normal_() if self.args.latent == "normal" else z.uniform_(-1, 1)
+
+    def autocast(self):
+        """A new context for each forward pass: it keeps weights in bf16, which updates change."""
+        precision = self.device.precision
+        return torch.autocast(self.device.kind, DTYPES[precision], enabled=precision != "fp32")
+
+    def logits(self, images):
+        """D's float32 logits (N,) of images, with the shifts and the noise that D always sees."""
+        if self.args.augment:
+            images = translate(images)
+        if self.args.instance_noise:
+            noise = torch.randn(images.shape, device=images.device)
+            images = images + self.args.instance_noise * noise
+        return self.D(images).float()  # the losses are in fp32
+
+    def update(self, optimizer, loss):
+        """One step of an optimizer, with the mean gradient of all processes."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss / self.world).backward()
+        if self.world > 1:
+            add_up([p.grad for p in optimizer.param_groups[0]["params"]])
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    @torch.no_grad()
+    def update_average(self, images):
+        """Move G_ema towards G's weights as they are before this step's update of G.
+
+        images: how many this step trains on. The average's half-life is a tenth of the run so far:
+        moving by 7/t in step t leaves the weights of step s a share of (s/t)^7, which is 1/2 at
+        s = 0.91 t. In long runs the half-life is 20,000 images.
+        """
+        self.steps += 1
+        least = 1 - 0.5 ** (images / 20_000)
+        rate = (7 / self.steps).clamp(least, 1)
+        for average, weight in zip(self.G_ema.parameters(), self.G.parameters()):
+            average.lerp_(weight, rate)
+
+    @torch.no_grad()
+    def sampler(self):
+        """G_ema in eval mode, with the batch-norm statistics of 512 latents.
+
+        The training is the same with and without a call.
+        """
+        for layer in self.G_ema.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.reset_running_stats()
+                layer.momentum = 1.0  # takes the statistics of the next batch as they are
+        z = latents(range(512), self.args.nz, self.args.latent)
+        self.G_ema.train()(z.to(self.device.kind))
+        return self.G_ema.eval()
+
+    @torch.no_grad()
+    def d_held_out(self, frames):
+        """Mean D(x) of about 256 windows of held-out frames, an array (N, H, W, 3).
+
+        As in training, each batch has its own statistics. The training is the same with and
+        without a call.
+        """
+        batch_size = self.args.batch_size
+        n = math.ceil(256 / batch_size) * batch_size
+        windows = torch.cat(list(spread_windows(frames, n, self.args.image_size)))
+        D = self.D
+        self.D = copy.deepcopy(D)  # the running statistics of the copy change
+        with torch.random.fork_rng(devices=[]), self.autocast():
+            torch.manual_seed(0)
+            parts = windows.split(batch_size)
+            logits = [self.logits(part.to(self.device.kind)) for part in parts]
+        self.D = D
+        return torch.cat(logits).sigmoid().mean().item()
+
+    def state_dict(self):
+        """All that load_state_dict needs: tensors on the CPU, and plain values."""
+        nets = {name: getattr(self, name).state_dict() for name in ("G", "D", "G_ema", "scaler")}
+        return to_cpu({
+            **nets,
+            "opt_G": self.opt_G.state_dict()["state"],
+            "opt_D": self.opt_D.state_dict()["state"],
+            "step": int(self.steps),
+        })
+
+    def load_state_dict(self, saved):
+        """Continue bit for bit from what state_dict gave, with the command line's options."""
+        for name in ("G", "D", "G_ema"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.load_optimizer(self.opt_G, saved["opt_G"], saved)
+        self.load_optimizer(self.opt_D, saved["opt_D"], saved)
+        self.steps.copy_(torch.tensor(float(saved["step"])))
+        if saved["scaler"]:  # empty unless it was trained in fp16
+            self.scaler.load_state_dict(saved["scaler"])
+
+    def load_optimizer(self, optimizer, state, saved):
+        """Gaudi's AdamW counts steps in the group, torch's counts them with each parameter.
+
+        The count is the run's, except in fp16, where the scaler skips steps.
+        """
+        group = optimizer.state_dict()["param_groups"][0]
+        group["step"] = saved["step"]
+        loaded = {}
+        for i, weight in enumerate(optimizer.param_groups[0]["params"]):
+            moments = dict(state[i])
+            for key in ("exp_avg", "exp_avg_sq"):  # fused kernels need the layout of the weights
+                moments[key] = torch.empty_like(weight, device="cpu").copy_(moments[key])
+            if not saved["scaler"]:
+                moments["step"] = torch.tensor(float(saved["step"]))
+            loaded[i] = moments
+        optimizer.load_state_dict({"state": loaded, "param_groups": [group]})
+
+    def load_networks(self, path):
+        """Start from the networks of another run, or of a file with G alone. Raises InputError."""
+        content = load_file(path)
+        G = rebuild(Generator, content, ("G", *G_NAMES), path)
+        average = rebuild(Generator, content, G_NAMES, path)
+        self.G.load_state_dict(G.state_dict())
+        self.G_ema.load_state_dict(average.state_dict())
+        try:
+            D = rebuild(Discriminator, content, D_NAMES, path)
+        except InputError:
+            say(f"{path} has no discriminator: D starts anew")
+        else:
+            self.D.load_state_dict(D.state_dict())
+
+
+def translate(images):
+    """Images (N, C, S, S), each shifted by up to S/8 pixels, with zeros at the border.
+
+    This is DiffAugment's translation (Zhao et al. 2020, https://arxiv.org/abs/2006.10738). Products
+    with 0/1 matrices need no gather, which Gaudi lacks for some types.
+    """
+    S = images.shape[-1]
+    pixels = torch.arange(S, device=images.device)
+    shifts = torch.empty(2, len(images), 1, 1, 1, device=images.device)
+    shifts = shifts.uniform_(-(S // 8), S // 8 + 1).floor()
+    rows, columns = (pixels[:, None] == pixels + shifts).to(images.dtype)  # (N, 1, S, S) each
+    return rows @ images @ columns.mT
+
+
+def add_up(gradients):
+    """Replace each gradient by its sum over the processes, in one message."""
+    views = [in_memory_order(gradient) for gradient in gradients]
+    message = torch.cat(views)
+    dist.all_reduce(message)
+    for view, part in zip(views, message.split([len(view) for view in views])):
+        view.copy_(part)
+
+
+def in_memory_order(tensor):
+    """A view (n,) of all numbers of a tensor. flatten() would copy one that is channels_last."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def to_cpu(value):
+    if isinstance(value, dict):
+        return {key: to_cpu(v) for key, v in value.items()}
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+# ---- data ----------------------------------------------------------------------------------------
+def find_data(args, ranks):
+    """The Pack to train on. Raw images are prepared first. Raises InputError."""
+    if ranks.world > 1 and not Path(args.data or "", "pack.json").exists():
+        raise InputError("several processes need a pack: run prepare_data.py first, "
+                         "and name its output with --data")
+    pack = open_pack(find_pack(args.data, args.image_size or 64))
+    if args.image_size not in (None, pack.image_size):
+        raise InputError(f"{pack.folder} is a pack for --image-size {pack.image_size}: "
+                         "choose a preset of that size")
+    return pack
+
+
+def follow_data(pack):
+    """The options that fit a pack, for a command line without a preset: {option: value}."""
+    large = len(pack.train) >= 10_000
+    preset = "naive-64" if large else "small-64"
+    return dict(preset=preset, image_size=pack.image_size)
+
+
+def share(frames, ranks, batch_size):
+    """This process's part of the training frames. All parts are equally long. Raises InputError."""
+    n = len(frames) // ranks.world
+    if batch_size > n:
+        raise InputError(f"--batch-size {batch_size} is more than the {n} training frames "
+                         "of a process")
+    return frames[ranks.rank * n:(ranks.rank + 1) * n]
 
 
 def cut_stretches(frames, batch_size):
-    """(stretches [(start, stop), …] of about 256 MB and at least eight batches, steps per epoch)."""
+    """(stretches [(start, stop), …] of the frames, steps per epoch).
+
+    A stretch has about 256 MB, and at least eight batches.
+    """
     n = max(1, min(frames.nbytes >> 28, len(frames) // (8 * batch_size)))
     bounds = np.linspace(0, len(frames), n + 1).astype(int)
     stretches = list(zip(bounds[:-1], bounds[1:]))
@@ -119,31 +346,65 @@ def cut_stretches(frames, batch_size):
 
 
 def batches(frames, batch_size, seeds, step=0, pin=False):
-    """Yield uint8 (batch_size, H, W, 3) on the CPU, without end, as a run sees them from its step `step` on.
+    """Yield uint8 (batch_size, H, W, 3) on the CPU, without end, from a run's step `step` on.
 
-    Stretches of the memory-mapped frames are read in random order, and the frames of each are shuffled. A pack has its
-    sequences in random order, so a stretch samples hundreds of streets. All batches are whole, because Gaudi compiles
-    for each shape: an epoch leaves out the rest of a stretch. Two threads read and gather ahead.
+    Stretches of the memory-mapped frames are read in random order, and the frames of each are
+    shuffled. A pack has its sequences in random order, so a stretch samples hundreds of streets.
+    seeds: (--seed, rank). All batches are whole, because Gaudi compiles for each shape: an epoch
+    leaves out the rest of a stretch. Two threads read and gather ahead. The memory of a batch is
+    used again: it is valid until the next batch but two is taken.
+    """
+    stretches = read_ahead(read_stretches(frames, batch_size, seeds, step), 1)
+    return read_ahead(gather(stretches, (batch_size, *frames.shape[1:]), pin), READ_AHEAD)
+
+
+READ_AHEAD = 4  # batches that are gathered before they are needed
+KEPT = 3  # batches that stay valid: the one in use, and two that CUDA may still be copying
+
+
+def read_stretches(frames, batch_size, seeds, step):
+    """Yield (frames of a stretch, rows (batches, batch_size) of them), epoch after epoch.
+
+    Two buffers take turns: one is read while batches are gathered from the other.
     """
     stretches, steps_per_epoch = cut_stretches(frames, batch_size)
+    longest = max(stop - start for start, stop in stretches)
+    buffers = [np.empty((longest, *frames.shape[1:]), np.uint8) for _ in range(2)]
+    seen = step % steps_per_epoch  # batches of this epoch that the run has seen
 
-    def read():
-        skip = step % steps_per_epoch  # batches of this epoch that the run has seen
-        for epoch in count(step // steps_per_epoch):
-            rng = np.random.default_rng((*seeds, epoch))  # seeds: (--seed, rank)
-            for start, stop in rng.permutation(stretches):
-                rows = rng.permutation(stop - start)  # for a seen stretch too: later permutations depend on it
-                rows = rows[:len(rows) // batch_size * batch_size].reshape(-1, batch_size)
-                unseen, skip = rows[skip:], max(0, skip - len(rows))
-                if len(unseen):
-                    yield np.array(frames[start:stop]), unseen
+    for epoch in count(step // steps_per_epoch):
+        rng = np.random.default_rng((*seeds, epoch))
+        for start, stop in rng.permutation(stretches):
+            rows = rng.permutation(stop - start)  # of seen stretches too: later ones depend on it
+            whole = len(rows) // batch_size
+            rows = rows[:whole * batch_size].reshape(whole, batch_size)
+            unseen = rows[seen:]
+            seen = max(0, seen - whole)
+            if len(unseen):
+                buffer = buffers[0][:stop - start]
+                buffers.reverse()
+                copy_in_parts(frames[start:stop], buffer)
+                yield buffer, unseen
 
-    def gather():
-        for stretch, rows in read_ahead(read(), 1):
-            for row in rows:
-                batch = torch.from_numpy(stretch.take(row, axis=0))  # releases the GIL, and starts no OpenMP threads
-                yield batch.pin_memory() if pin else batch
-    return read_ahead(gather(), 4)
+
+def copy_in_parts(source, target):
+    """Copy an array with four threads: a disk is faster when several parts are read at a time."""
+    with ThreadPoolExecutor(4) as threads:
+        parts = zip(np.array_split(target, 4), np.array_split(source, 4))
+        list(threads.map(lambda part: np.copyto(*part), parts))
+
+
+def gather(stretches, shape, pin):
+    """Yield batches of `shape` from stretches and their rows."""
+    ring = deque(torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+                 for _ in range(READ_AHEAD + KEPT))
+    for stretch, rows in stretches:
+        for row in rows:
+            ring.rotate(-1)
+            batch = ring[0]
+            # take() releases the GIL, and starts no OpenMP threads. "clip" writes without a copy.
+            stretch.take(row, axis=0, out=batch.numpy(), mode="clip")
+            yield batch
 
 
 def read_ahead(items, n):
@@ -156,385 +417,747 @@ def read_ahead(items, n):
             yield item
 
 
-# ---- the networks and a training step -------------------------------------------------------------------------------
-class DCGAN:
-    """G, D, their optimizers, and G_ema, the exponential moving average (EMA) of G's weights, which draws samples."""
+class Feed:
+    """An iterator over batches on the device. `waited` counts the seconds of waiting for them.
 
-    def __init__(self, args, device, world=1):
-        self.args, self.device, self.world = args, device, world
-        torch.manual_seed(args.seed)  # all ranks have the same weights, and the mean gradient keeps them the same
-        G = Generator(args.image_size, args.nz, args.ngf, 3, args.kernel_size).apply(init_weights)
-        D = Discriminator(args.image_size, args.ndf, 3, args.kernel_size).apply(init_weights)
-        self.G, self.D = (net.to(device.kind, memory_format=device.layout) for net in (G, D))
-        self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
-        self.steps = torch.zeros((), device=device.kind)  # on the device: a number would be a new graph on Gaudi
-        adam = dict(lr=args.lr, betas=(args.beta1, 0.999), eps=1e-8, weight_decay=args.weight_decay, **device.adam)
-        self.opt_G, self.opt_D = (device.AdamW(net.parameters(), **adam) for net in (self.G, self.D))
-        self.scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
-        if args.compile:
-            self.G.compile(backend=device.compiler)
-            self.D.compile(backend=device.compiler)
+    On CUDA the upload runs beside the step, and the host stays two steps ahead of the GPU and no
+    more: further ahead, it would wait for data while the GPU still has work.
+    """
 
-    def step(self, frames):
-        """One update of D, then one of G: uint8 frames (N, H, W, 3) → float32 (5,) on the device, as STATS names it.
+    def __init__(self, batches, device):
+        self.batches = batches
+        self.kind = device.kind
+        self.waited = 0.0
+        self.upload = torch.cuda.Stream() if device.kind == "cuda" else None
+        self.running = deque()  # the ends of the steps that the GPU may not have finished
 
-        The losses are Goodfellow's (2014, https://arxiv.org/abs/1406.2661, section 3), with the non-saturating one
-        for G. Do not call .item() here: it waits for the device, and a CUDA graph cannot record it.
-        """
-        args, G, D = self.args, self.G, self.D
-        real = cut_windows(frames, args.image_size, args.mirror)
-        z = torch.empty(len(frames), args.nz, device=self.device.kind)
-        z = z.normal_() if args.latent == "normal" else z.uniform_(-1, 1)
+    def __iter__(self):
+        return self
 
-        with self.autocast():
-            fake = G(z)
-            on_real = self.logits(real)
-            on_fake = self.logits(fake.detach())  # apart from the real images: each has its own batch statistics
-        loss_D = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()  # -log D(x) - log(1 - D(G(z)))
-        self.update(self.opt_D, loss_D)
+    def __next__(self):
+        if self.upload:
+            self.running.append(torch.cuda.current_stream().record_event())
+            if len(self.running) > 2:
+                self.running.popleft().synchronize()
 
-        D.requires_grad_(False)  # G's update needs no gradients of D's weights: this saves a sixth of D's backward
-        with self.autocast():
-            on_fake_after = self.logits(fake)  # the same fakes, after D's update
-        loss_G = F.softplus(-on_fake_after).mean()  # -log D(G(z))
-        probabilities = [logits.detach().sigmoid().mean() for logits in (on_real, on_fake, on_fake_after)]
-        stats = torch.stack([loss_D.detach(), loss_G.detach(), *probabilities])
-        with torch.no_grad():  # the EMA's half-life is a tenth of the run so far, and at most 20,000 images
-            self.steps += 1
-            rate = (7 / self.steps).clamp(1 - 0.5 ** (len(frames) * self.world / 20_000), 1)
-            for average, weight in zip(self.G_ema.parameters(), G.parameters()):
-                average.lerp_(weight, rate)
-        self.update(self.opt_G, loss_G)  # last: on Gaudi it ends the graph, which stats and the EMA are part of
-        D.requires_grad_(True)
-        return stats
+        began = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - began
 
-    def autocast(self):
-        """A new context for each forward pass: it caches weights in bf16, which an optimizer's step makes stale."""
-        precision = self.device.precision
-        return torch.autocast(self.device.kind, DTYPES[precision], enabled=precision != "fp32")
-
-    def logits(self, images):
-        """D's float32 logits (N,) of images, with the shifts and the noise that D always sees."""
-        if self.args.augment:
-            images = translate(images)
-        if self.args.instance_noise:
-            images = images + self.args.instance_noise * torch.randn(images.shape, device=images.device)
-        return self.D(images).float()  # the loss is in fp32
-
-    def update(self, optimizer, loss):
-        optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if self.world > 1:  # the mean over the ranks, in one message
-            grads = [p.grad for p in optimizer.param_groups[0]["params"]]
-            flat = torch.cat([grad.flatten() for grad in grads]) / self.world
-            dist.all_reduce(flat)
-            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-                grad.copy_(part.view_as(grad))
-        self.scaler.step(optimizer)
-        self.scaler.update()
-
-    @torch.no_grad()
-    def sampler(self):
-        """G_ema in eval mode, with the batch-norm statistics of 512 latents. This does not change the training."""
-        for norm in [layer for layer in self.G_ema.main if isinstance(layer, torch.nn.BatchNorm2d)]:
-            norm.reset_running_stats()
-            norm.momentum = 1.0  # takes the statistics of the next batch as they are
-        self.G_ema.train()(latents(range(512), self.args.nz, self.args.latent).to(self.device.kind))
-        return self.G_ema.eval()
-
-    @torch.no_grad()
-    def d_held_out(self, frames):
-        """Mean D(x) of about 256 windows of held-out frames. As in training, each batch has its own statistics."""
-        n = math.ceil(256 / self.args.batch_size) * self.args.batch_size
-        windows = torch.cat(list(spread_windows(frames, n, self.args.image_size)))
-        D, self.D = self.D, copy.deepcopy(self.D)  # the running statistics of the copy change, and not those of D
-        torch.manual_seed(0)
-        with self.autocast():
-            logits = [self.logits(part.to(self.device.kind)) for part in windows.split(self.args.batch_size)]
-        self.D = D
-        return torch.cat(logits).sigmoid().mean().item()
-
-    def state_dict(self):
-        """All that load_state_dict needs but the number of steps: tensors on the CPU, and plain values."""
-        nets = {name: getattr(self, name).state_dict() for name in ("G", "D", "G_ema", "scaler")}
-        return to_cpu({**nets, "opt_G": self.opt_G.state_dict()["state"], "opt_D": self.opt_D.state_dict()["state"]})
-
-    def load_state_dict(self, saved):
-        """Continue bit for bit from what state_dict gave and the number of steps, with the command line's options."""
-        for name in ("G", "D", "G_ema"):
-            getattr(self, name).load_state_dict(saved[name])
-        # Gaudi's AdamW counts steps in the group, torch's in each parameter. Steps that fp16 skips are not counted.
-        steps, scaler = float(saved["step"]), saved["scaler"]  # scaler is {} unless it was trained in fp16
-        for name, optimizer in (("opt_G", self.opt_G), ("opt_D", self.opt_D)):
-            groups = optimizer.state_dict()["param_groups"]
-            groups[0]["step"] = saved["step"]
-            state = {i: {**s, "step": s["step"] if scaler else torch.tensor(steps)} for i, s in saved[name].items()}
-            for weight, moments in zip(optimizer.param_groups[0]["params"], state.values()):
-                for key in ("exp_avg", "exp_avg_sq"):  # fused kernels need the layout of the weights
-                    moments[key] = torch.empty_like(weight, device="cpu").copy_(moments[key])
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.steps.copy_(torch.tensor(steps))
-        if scaler:
-            self.scaler.load_state_dict(scaler)
+        if not self.upload:
+            return batch.to(self.kind)
+        with torch.cuda.stream(self.upload):
+            uploaded = batch.to(self.kind, non_blocking=True)
+        step = torch.cuda.current_stream()
+        step.wait_stream(self.upload)
+        uploaded.record_stream(step)  # its memory is free after the step, not after the upload
+        return uploaded
 
 
-def translate(images):
-    """Images (N, C, S, S), each shifted by up to S/8 pixels, with zeros at the border: DiffAugment (Zhao et al. 2020,
-    https://arxiv.org/abs/2006.10738). Products with 0/1 matrices need no gather, which Gaudi lacks for some types."""
-    S = images.shape[-1]
-    pixels = torch.arange(S, device=images.device)
-    shifts = (torch.rand(2, len(images), 1, 1, 1, device=images.device) * (S // 4 + 1)).floor() - S // 8
-    rows, columns = (pixels[:, None] == pixels + shifts).to(images.dtype)  # (N, 1, S, S) each
-    return rows @ images @ columns.mT
+# ---- devices -------------------------------------------------------------------------------------
+DTYPES = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # off in fp32
 
 
-def to_cpu(value):
-    if isinstance(value, dict):
-        return {key: to_cpu(v) for key, v in value.items()}
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+@dataclass
+class Device:
+    """What a kind of device needs. The defaults are safe for one that nobody has tried."""
+
+    kind: str  # as torch.device takes it
+    precision: str = "fp32"  # of the forward passes: fp32, bf16 or fp16
+    layout: torch.memory_format = torch.contiguous_format  # of weights and images
+    AdamW: type = torch.optim.AdamW
+    adam: dict = field(default_factory=dict)  # its options besides those of the command line
+    pin: bool = False  # gather batches in page-locked memory
+    backend: str = "gloo"  # of torch.distributed
+    compiler: str = "inductor"  # of torch.compile
+    manual_seed: Callable = torch.manual_seed  # of the random numbers on the device
+    peak_memory: Callable = None  # () → bytes
 
 
-# ---- devices --------------------------------------------------------------------------------------------------------
 def set_up_device(args, local_rank=0):
-    """What each kind of device needs, for DCGAN.device: first what suits CPUs, then what CUDA and Gaudi change."""
-    if args.compile:
-        os.environ["PT_HPU_LAZY_MODE"] = "0"  # Gaudi's eager mode; otherwise choose_device sets lazy mode
-    for file, list_name in ((args.bf16_ops, "LOWER_PRECISION"), (args.fp32_ops, "FP32")):
-        if file:  # Gaudi's plugin reads it when it loads, one name per line, in place of its own list
-            names = Path(file).read_text(errors="replace").splitlines()
-            if unknown := [name for name in names if not hasattr(torch.ops.aten, name)]:
-                print(f"warning: {file}: torch does not know {unknown}", file=sys.stderr)
-            os.environ[f"PT_HPU_AUTOCAST_{list_name}_OPS_LIST"] = os.path.abspath(file)
-    cpu_has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # a private name, which can go
-    device = argparse.Namespace(
-        kind=choose_device(args.device).type, precision="bf16" if cpu_has_bf16 else "fp32", backend="gloo", pin=False,
-        compiler="inductor", layout=torch.channels_last, AdamW=torch.optim.AdamW, adam=dict(fused=True))
-    if device.kind == "cuda":
-        torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True    # shapes never change
-        torch.backends.cudnn.allow_tf32 = False  # fp32 stays exact; bf16 is for speed
-        device.backend, device.pin = "nccl", True
-        device.precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    """The Device that --device names. Raises InputError if it cannot be used as the options say."""
+    set_gaudi_variables(args)
+    device = Device(choose_device(args.device, local_rank).type)
+    if device.kind == "cpu":
+        # A private name, which can go.
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        device.precision = "bf16" if has_bf16 else "fp32"
+        device.layout = torch.channels_last
+        device.adam = dict(fused=True)
+    elif device.kind == "cuda":
+        has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+        device.precision = "bf16" if has_bf16 else "fp16"
+        device.layout = torch.channels_last
         device.adam = dict(fused=True, capturable=args.graph)
+        device.pin = True
+        device.backend = "nccl"
+        device.manual_seed = torch.cuda.manual_seed  # torch's own takes 30 times as long
+        device.peak_memory = torch.cuda.max_memory_reserved
+        torch.backends.cudnn.benchmark = True  # shapes never change
+        torch.backends.cudnn.allow_tf32 = False  # fp32 stays exact; bf16 is for speed
     elif device.kind == "hpu":
         import habana_frameworks.torch.distributed.hccl  # noqa: F401  makes the backend known
         from habana_frameworks.torch.hpex.optimizers import FusedAdamW
 
-        device.backend, device.compiler, device.precision = "hccl", "hpu_backend", "bf16"
-        device.layout = torch.contiguous_format     # Gaudi chooses its own
-        device.AdamW, device.adam = FusedAdamW, {}  # in lazy mode its step cuts the graph before and after itself
-    device.precision = device.precision if args.precision == "auto" else args.precision
+        device.precision = "bf16"
+        device.AdamW = FusedAdamW  # in lazy mode its step cuts the graph before and after itself
+        device.backend = "hccl"
+        device.compiler = "hpu_backend"
+        device.peak_memory = torch.hpu.max_memory_allocated
+
+    if args.precision == "bf16" and device.kind == "cuda" and not has_bf16:
+        raise InputError("--precision bf16: this GPU has no bf16 (it needs compute capability 8): "
+                         "use --precision auto")
+    if args.precision != "auto":
+        device.precision = args.precision
     if device.kind != "cuda" and (args.graph or device.precision == "fp16"):
-        raise InputError("--graph and --precision fp16 are for NVIDIA GPUs: use --no-graph --precision auto")
+        raise InputError("--graph and --precision fp16 are for NVIDIA GPUs: "
+                         "use --no-graph --precision auto")
     if device.kind != "hpu" and (args.bf16_ops or args.fp32_ops):
-        print("--bf16-ops and --fp32-ops are for hpu: here torch.autocast's own rules apply")
+        say("--bf16-ops and --fp32-ops are for hpu: here torch.autocast's own rules apply")
     return device
 
 
+def set_gaudi_variables(args):
+    """Gaudi's plugin reads its mode and its lists of ops from the environment when it loads."""
+    ignored = [flag(name) for name in OLD_FLAGS if hasattr(args, name)]
+    if ignored:
+        say(f"without effect: {', '.join(ignored)} (bf16 is the default on hpu)")
+    if args.compile:
+        os.environ["PT_HPU_LAZY_MODE"] = "0"  # eager mode; otherwise choose_device sets lazy mode
+    for file, name in ((args.bf16_ops, "LOWER_PRECISION"), (args.fp32_ops, "FP32")):
+        if file:
+            check_ops(file)
+            os.environ[f"PT_HPU_AUTOCAST_{name}_OPS_LIST"] = file
+
+
+def check_ops(file):
+    """A list of ops has one name per line. The plugin ignores a name that it does not know."""
+    try:
+        text = Path(file).read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from error
+    if "\r" in text:
+        raise InputError(f"{file} has Windows line ends, with which Gaudi's plugin finds no op: "
+                         f"convert it with sed -i 's/\\r$//' {shlex.quote(file)}")
+    unknown = [name for name in text.splitlines() if not hasattr(torch.ops.aten, name)]
+    if unknown:
+        warn(f"{file}: torch does not know {unknown}")
+
+
 def graphed(step):
-    """The step as one CUDA graph, replayed by one launch (PyTorch's CUDA semantics, "whole-network capture")."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    inputs, outputs, calls = None, None, count()
+    """DCGAN.step as one CUDA graph, which one launch replays.
+
+    See "Whole-network capture" in PyTorch's CUDA semantics. The returned tensors are overwritten by
+    the next call.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(stream)  # the default stream cannot be recorded
+    calls = count()
+    inputs, outputs = None, None
+
     def replay(frames):
         nonlocal inputs, outputs
         if next(calls) < 5:  # warm-up, with real steps
             return step(frames)
         if inputs is None:
             inputs = frames.clone()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # a thread pins memory
+            # thread_local: meanwhile another thread pins memory
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 outputs = step(inputs)
         inputs.copy_(frames)
         graph.replay()
-        return outputs.clone()
+        return outputs
+
     return replay
 
 
-# ---- the run's folder -----------------------------------------------------------------------------------------------
-def save_file(path, content, previous=None):
-    """torch.save; a kill or a full disk leaves the old file. With `previous` the old file gets that name."""
-    buffer, temporary = io.BytesIO(), Path(f"{path}.tmp")
-    torch.save(content, buffer, pickle_protocol=2)  # Gaudi's default, 4, fails elsewhere with weights_only
+# ---- processes and signals -----------------------------------------------------------------------
+class Ranks:
+    """The processes that train together: torchrun's, or this one. Rank 0 prints and writes."""
+
+    def __init__(self):
+        if "WORLD_SIZE" in os.environ and "RANK" not in os.environ:
+            raise InputError("WORLD_SIZE is set and RANK is not: start several processes with "
+                             "torchrun, or unset WORLD_SIZE")
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.hosts = None  # a group that waits for processes, and not for their devices
+
+    def connect(self, backend):
+        if self.world == 1:
+            return
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):
+            # torchrun's store keeps what the ranks wrote before a restart.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+        self.hosts = dist.new_group(backend="gloo")
+        atexit.register(leave_the_others)
+
+    def largest(self, *numbers):
+        """The largest of each number over all processes, for which it waits: a list of ints."""
+        numbers = torch.tensor(numbers).int()
+        if self.world > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.hosts)
+        return numbers.tolist()
+
+    def check_same(self, facts):
+        """Raise InputError unless the facts {name: value} are the same in all processes."""
+        if self.world == 1:
+            return
+        everywhere = [None] * self.world
+        dist.all_gather_object(everywhere, facts, group=self.hosts)
+        for name in facts:
+            others = {str(other[name]) for other in everywhere}
+            if len(others) > 1:
+                raise InputError(f"the processes do not have the same {name}: {', '.join(others)}")
+
+    def disconnect(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def leave_the_others():
+    """At the end of a process that failed: do not wait for the others, so that torchrun ends them.
+
+    Gaudi's plugin would wait for them without a time limit.
+    """
+    if dist.is_initialized():
+        os._exit(2)
+
+
+@contextmanager
+def catch_signals():
+    """Within it, a signal to stop is only noted: yields the list of the signals' numbers.
+
+    SIGUSR1 is what Slurm can send before its time limit. Some launchers send SIGTERM twice.
+    """
+    received = []
+
+    def note(signum, frame):
+        received.append(signum)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on, Ctrl-C ends the process at once
+
+    with handling(note, "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+        yield received
+
+
+def seed_step(device, seed, rank, step):
+    """A seed for each step and rank: a resumed run draws the same, and other ranks draw others."""
+    sequence = np.random.SeedSequence((seed, rank, step))
+    device.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+# ---- the run's folder ----------------------------------------------------------------------------
+def write_file(path, data):
+    """Replace a file by `data` (bytes). A kill or a full disk leaves the old file."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def save_file(path, content):
+    """torch.save, through write_file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer, pickle_protocol=2)  # Gaudi's 4 fails elsewhere with weights_only
+    write_file(path, buffer.getbuffer())
+
+
+def find_run(args):
+    """The path of the checkpoint in --out, which need not exist. Raises InputError."""
+    out = Path(args.out or "runs")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"--out {out}: {existing} is a file. Name a folder")
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists() and not args.resume:
+        raise InputError(f"{out} holds a run: continue it with --resume, "
+                         "or name another folder with --out")
+    return checkpoint
+
+
+def restore(dcgan, path, pack):
+    """Continue from a checkpoint: (images, scores). Raises InputError if it does not fit."""
+    saved = load_file(path)
+    if not {"sizes", "pack", "step", "images", "scores"} <= saved.keys():
+        raise InputError(f"{path} is not a checkpoint of this train.py: name another --out")
+    run = path.parent
+    for name in SIZES:
+        wanted, has = getattr(dcgan.args, name), saved["sizes"].get(name)
+        if wanted != has:
+            raise InputError(f"{flag(name)} {wanted}: {run} has {flag(name)} {has}. Leave it out, "
+                             "or name another --out")
+    if saved["pack"] != pack.identity:
+        raise InputError(f"{run} was trained on other frames than {pack.folder} has. To continue "
+                         f"with these, start a new run: --init {run} --out NEW")
+    try:
+        dcgan.load_state_dict(saved)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit these networks ({one_line(error)}): "
+                         "name another --out") from error
+    return saved["images"], saved["scores"]
+
+
+def fingerprint(path):
+    """What changes when another process writes a file: None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+@contextmanager
+def silent_writer():
+    """TensorBoard's thread ends at a full disk. Within this, it does so without a traceback."""
+    usual = threading.excepthook
+
+    def hook(problem):
+        if not isinstance(problem.exc_value, OSError):
+            usual(problem)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
 
 
 class Reporter:
-    """What rank 0 prints and writes: log lines, TensorBoard's events, checkpoints, samples and scores."""
+    """What rank 0 prints and writes: log lines, TensorBoard's events, checkpoints, samples, scores.
 
-    def __init__(self, args, pack, model, total, ends, scores):
-        self.args, self.pack, self.model, self.total, self.ends = args, pack, model, total, ends
-        self.out, self.scores = Path(args.out), scores  # rows of scores.csv; total: images, ends: time.monotonic()
-        self.board = self.score = self.failed = self.due = None  # due: when to save next, as of time.monotonic()
+    total: images that the run trains on. ends: when --minutes are over, as of time.monotonic().
+    scores: the rows of scores.csv. unchanged: the fingerprint of the checkpoint when it was read.
+    """
+
+    COLUMNS = ("images", "score", "coverage", "score of real images", "coverage of real images",
+               "D(held out)")
+
+    def __init__(self, args, pack, dcgan, total, ends, scores, unchanged):
+        self.args = args
+        self.pack = pack
+        self.dcgan = dcgan
+        self.total = total
+        self.ends = ends
+        self.scores = scores
+        self.unchanged = unchanged
+        self.out = Path(args.out)
+        self.board = None  # TensorBoard's
+        self.score = None  # a Score, if the pack is large enough
+        self.saved = None  # the image of the last save
+        self.failed = None  # why the last save failed
+        self.rate = None  # images/s since the line before
+        self.logs = 0
+        self.last_log = None  # (step, seconds of waiting for data, time)
+        self.next_log = 0.0  # when the next line is due, as of time.monotonic()
+        self.next_save = math.inf
 
     def start(self, step, images):
-        """Open the run's folder. A new run is saved at once, to find a full disk now and not after a day."""
-        args, model, pack = self.args, self.model, self.pack
-        print(f"{args.preset} in {model.device.precision} on {model.world} × {model.device.kind}: {len(pack.train):,} "
-              f"training frames of {pack.folder}, run {args.out}, image {images:,} of {self.total:,}", flush=True)
+        """Open the run's folder. A new run is saved at once, to find a full disk now."""
+        args, pack = self.args, self.pack
+        if args.resume and not self.unchanged:
+            say(f"no run in {self.out}: starting one")
+        steps = math.ceil(max(0, self.total - images) / self.images_per_step())
+        say(f"{args.preset} in {self.dcgan.device.precision} on {self.dcgan.world} × "
+            f"{self.dcgan.device.kind}, batch size {args.batch_size}\n"
+            f"{len(pack.train):,} training frames of {pack.folder}\n"
+            f"run {self.out}, image {images:,} of {self.total:,}: {steps:,} steps to go")
+        if step + steps < 1000:
+            say(f"only {step + steps} steps in all: use a larger --epochs, "
+                "because a GAN learns little in so few")
         if min(len(pack.train), len(pack.holdout)) >= 50:
-            self.score = Score(pack)
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        (self.out / "args.json.tmp").write_text(json.dumps(vars(args), indent=1) + "\n")
-        os.replace(self.out / "args.json.tmp", self.out / "args.json")
-        threading.excepthook = lambda thread: None  # a full disk ends TensorBoard's thread; show() continues without it
-        self.board = SummaryWriter(self.out, purge_step=images + 1)  # drops events after the checkpoint
+            self.score = Score(pack.train, pack.holdout, pack.image_size)
+        else:
+            say(f"no scores and no best.pt: {len(pack.holdout)} frames are held out, "
+                "and a score needs 50")
+
+        write_file(self.out / "args.json", json.dumps(vars(args), indent=1).encode() + b"\n")
+        self.board = SummaryWriter(self.out, purge_step=images + 1)  # drops what a kill made void
+        self.last_log = step, 0.0, time.perf_counter()
         if not images:
             self.write(step, images, draw=True)  # at a full disk the run ends here
-        self.due = time.monotonic() + 60 * args.save_minutes
+        self.next_save = time.monotonic() + 60 * args.save_minutes
 
-    def show(self, values, images):
-        with suppress(OSError):  # after a full disk TensorBoard gets nothing more until the run is resumed
-            for name, value in values.items():
-                self.board.add_scalar(name, value, images)
-            self.board.flush()  # before a checkpoint: a run that continues from it does not log these steps again
+    def images_per_step(self):
+        return self.args.batch_size * self.dcgan.world
 
-    def log(self, step, images, stats, rate, waiting):
-        """Print pytorch/examples' log line, and show it in TensorBoard. rate: images/s, waiting: share of the time."""
-        if not all(map(math.isfinite, stats)):
-            sys.exit(f"error: step {step}: not finite: {dict(zip(STATS, stats))}. Use --resume with a lower --lr")
-        self.show({**dict(zip(STATS, stats)), "images/s": rate, "share of time waiting for data": waiting}, images)
-        loss_D, loss_G, d_x, d_gz1, d_gz2 = stats
-        left, epochs = max(0, self.total - images), self.args.epochs
-        steps = step + math.ceil(left / (self.args.batch_size * self.model.world))
-        seconds = max(0, min(left / rate, self.ends - time.monotonic()))
-        print(f"[{math.ceil(epochs * images / self.total)}/{epochs}][{step}/{steps}] "
-              f"Loss_D {loss_D:.4f} Loss_G {loss_G:.4f} D(x) {d_x:.4f} D(G(z)) {d_gz1:.4f} / {d_gz2:.4f}  "
-              f"{rate:,.0f} images/s, {timedelta(seconds=round(seconds))} left", flush=True)
+    def after_step(self, step, images, stats, waited):
+        """Log and save when it is time to. waited: seconds of waiting for data so far."""
+        now = time.monotonic()
+        if now >= self.next_log:
+            self.log(step, images, stats, waited)
+            self.next_log = now + self.args.log_seconds
+        if now >= self.next_save:
+            self.save(step, images)
+
+    def log(self, step, images, stats, waited):
+        """Print pytorch/examples' log line, and show all numbers in TensorBoard."""
+        stats = {name: value.item() for name, value in stats.items()}  # waits for the device
+        if not all(map(math.isfinite, stats.values())):
+            sys.exit(f"error: step {step}: not finite: {stats}. Use --resume with a lower --lr")
+
+        old_step, old_waited, then = self.last_log
+        now = time.perf_counter()
+        self.last_log = step, waited, now
+        self.rate = (step - old_step) * self.images_per_step() / (now - then)
+        numbers = {**stats, "images/s": self.rate}
+        numbers["share of time waiting for data"] = (waited - old_waited) / (now - then)
+        if self.dcgan.device.peak_memory:
+            numbers["memory in GB"] = self.dcgan.device.peak_memory() / 1e9
+        self.show(numbers, images)
+
+        steps = step + math.ceil((self.total - images) / self.images_per_step())
+        epoch = math.ceil(self.args.epochs * images / self.total)
+        say(f"[{epoch}/{self.args.epochs}][{step}/{steps}] "
+            f"Loss_D {stats['Loss_D']:.2f} Loss_G {stats['Loss_G']:.2f} D(x) {stats['D(x)']:.2f} "
+            f"D(G(z)) {stats['D(G(z1))']:.2f}/{stats['D(G(z2))']:.2f} {self.rate:,.0f}/s")
+        self.logs += 1
+        if self.logs == 2:  # the first line is of one step
+            say(f"{self.rate:,.0f} images/s: about {self.time_left(images)} left")
+
+    def time_left(self, images):
+        seconds = min((self.total - images) / self.rate, self.ends - time.monotonic())
+        return timedelta(seconds=round(max(0, seconds)))
+
+    def show(self, numbers, images):
+        """Numbers and pictures in TensorBoard. After a full disk it gets none until a resume."""
+        with suppress(OSError):
+            for name, value in numbers.items():
+                if isinstance(value, torch.Tensor):
+                    self.board.add_image(name, value, images)
+                else:
+                    self.board.add_scalar(name, value, images)
+            self.board.flush()  # before a checkpoint: a run that continues from it logs none again
 
     def save(self, step, images, draw=True):
         """Save a checkpoint; with `draw`, also samples and a score. A full disk gives a warning."""
         began = time.monotonic()
         try:
             self.write(step, images, draw)
-            self.failed = None
         except OSError as error:
             self.failed = f"nothing saved in {self.out}: {error.strerror or error}"
-            print(f"warning: {self.failed}; training continues", file=sys.stderr)
-        now, pause = time.monotonic(), 60 * self.args.save_minutes
-        self.due = now + (pause and max(pause, 40 * (now - began)))  # saving takes less than 3% of the time
+            warn(f"{self.failed}; training continues")
+        else:
+            self.failed = None
+            self.saved = images
+            say(f"saved at image {images:,}, {self.time_left(images)} left")
+        now = time.monotonic()
+        pause = 60 * self.args.save_minutes
+        if pause:
+            pause = max(pause, 40 * (now - began))  # saving takes less than 3% of the time
+        self.next_save = now + pause
 
     def write(self, step, images, draw):
-        G, state = self.model.sampler(), self.model.state_dict()  # in this order: state has the sampler's statistics
-        if not all(weight.isfinite().all() for net in ("G", "D") for weight in state[net].values()):
-            sys.exit(f"error: step {step}: a weight is not finite. Use --resume with a lower --lr")
-        generator = {"G": state["G_ema"], "images": images, "latent": self.args.latent}
+        """Write the run's files. Raises OSError."""
+        args = self.args
+        if fingerprint(self.out / "checkpoint.pt") not in (self.unchanged, None):
+            raise InputError(f"another process has written to {self.out}: it is not safe to go on. "
+                             "Give each run an --out of its own")
+        G = self.dcgan.sampler()
+        state = self.dcgan.state_dict()  # after sampler(), with its statistics
+        for net in ("G", "D"):
+            if not all(weight.isfinite().all() for weight in state[net].values()):
+                sys.exit(f"error: step {step}: a weight is not finite. "
+                         "Use --resume with a lower --lr")
+
+        best = False
         if draw:
-            grid = make_grid(render(G, latents(range(64), self.args.nz, self.args.latent)))
-            save_image(grid / 255, self.out / "samples" / f"{images:09d}.png")
-        if draw and self.score:
-            self.add_score(G, generator)
-        saved = [int(path.stem[10:]) for path in self.out.glob("generator-*.pt") if path.stem[10:].isdigit()]
-        if images >= 2 * max(saved, default=0):  # at about 1, 2, 4, 8, … times the first, to see the progress
+            self.draw(G, images)
+            best = self.score is not None and self.add_score(G, images)
+        sizes = {name: getattr(args, name) for name in SIZES}
+        checkpoint = {
+            **state,
+            "images": images,
+            "sizes": sizes,
+            "pack": self.pack.identity,
+            "scores": self.scores,
+        }
+        if best:  # before the checkpoint, which holds this score
+            save_file(self.out / "best.pt", checkpoint)
+        if self.has_doubled(images):
+            generator = {"G_ema": state["G_ema"], "sizes": sizes, "images": images}
             save_file(self.out / f"generator-{images:09d}.pt", generator)
-        checkpoint = {**state, "step": step, "images": images, "latent": self.args.latent, "scores": self.scores}
-        save_file(self.out / "checkpoint.pt", checkpoint, self.out / "checkpoint-previous.pt")
+        save_file(self.out / "checkpoint.pt", checkpoint)
+        self.unchanged = fingerprint(self.out / "checkpoint.pt")
 
-    def add_score(self, G, generator):
-        """Score G. The best has the smallest score among those with at least half the coverage of real images."""
-        figures = *self.score(G, self.args.latent), *self.score.real, self.model.d_held_out(self.pack.holdout)
-        score, coverage, real_score, real_coverage, held_out = (round(figure, 4) for figure in figures)
-        print(f"image {generator['images']:,}: score {score:.1f} (real images {real_score:.1f}), "
-              f"coverage {coverage:.2f} (real images {real_coverage:.2f}), D(held out) {held_out:.4f}", flush=True)
-        self.show({"score": score, "coverage": coverage, "D(held out)": held_out}, generator["images"])
-        best = min((old for _, old, covered, *_ in self.scores if covered >= real_coverage / 2), default=math.inf)
-        if coverage >= real_coverage / 2 and score < best:
-            save_file(self.out / "generator-best.pt", generator)
-        self.scores.append([generator["images"], score, coverage, real_score, real_coverage, held_out])
-        (self.out / "scores.csv").write_text("".join(f"{','.join(map(str, row))}\n" for row in [SCORES, *self.scores]))
+    def draw(self, G, images):
+        """The same 64 latents each time, as a PNG and in TensorBoard."""
+        z = latents(range(64), self.args.nz, self.args.latent)
+        grid = make_grid(render(G, z))
+        buffer = io.BytesIO()
+        save_image(grid / 255, buffer, format="png")
+        write_file(self.out / "samples" / f"{images:09d}.png", buffer.getbuffer())
+        self.show({"samples": grid}, images)
+
+    def has_doubled(self, images):
+        """Whether to keep this generator: at about 1, 2, 4, 8, … times the first."""
+        names = [path.stem.removeprefix("generator-") for path in self.out.glob("generator-*.pt")]
+        kept = [int(name) for name in names if name.isdigit()]
+        return images >= 2 * max(kept, default=0)
+
+    def add_score(self, G, images):
+        """Score G. Returns whether it is the best: the smallest score with enough coverage.
+
+        Enough is half the coverage of real images.
+        """
+        score, coverage = self.score(G, self.args.latent)
+        real_score, real_coverage = self.score.real
+        held_out = self.dcgan.d_held_out(self.pack.holdout)
+        say(f"score {score:.1f} (real images {real_score:.1f}), coverage {coverage:.2f} "
+            f"({real_coverage:.2f}), D(held out) {held_out:.2f}")
+        self.show({"score": score, "coverage": coverage, "D(held out)": held_out}, images)
+
+        enough = real_coverage / 2
+        older = [old for _, old, covered, *_ in self.scores if covered >= enough]
+        row = (score, coverage, real_score, real_coverage, held_out)
+        self.scores.append([images, *(round(number, 4) for number in row)])
+        lines = [",".join(map(str, row)) + "\n" for row in (self.COLUMNS, *self.scores)]
+        write_file(self.out / "scores.csv", "".join(lines).encode())
+        return coverage >= enough and round(score, 4) < min(older, default=math.inf)
+
+    def end(self, step, images, stats, waited, signum, late):
+        """Log, save, and say why the run ended and how it goes on."""
+        if stats and step != self.last_log[0]:
+            self.log(step, images, stats, waited)
+        if stats and images != self.saved:
+            self.save(step, images, draw=not signum)
+        self.board.close()
+        again = f"python train.py --resume --out {shlex.quote(str(self.out))}"
+        if signum:
+            say(f"stopped and saved at image {images:,}; go on with: {again}")
+        elif late:
+            say(f"stopped at image {images:,} after {self.args.minutes:g} minutes (--minutes); "
+                f"go on with: {again}")
+        else:
+            more = 2 * self.args.epochs
+            say(f"finished at image {images:,}; go on with: {again} --epochs {more}")
+        say(f"see it with: python sample.py --checkpoint {shlex.quote(str(self.out))}")
+        if self.failed:
+            sys.exit(f"error: {self.failed}")
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
-def main(argv=None):
-    args = parse_args(argv)
-    ends = time.monotonic() + 60 * (args.minutes or math.inf)
-    from_torchrun = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in from_torchrun)
-    device = set_up_device(args, local_rank)
-    newest, previous = Path(args.out, "checkpoint.pt"), Path(args.out, "checkpoint-previous.pt")
-    checkpoint = newest if newest.exists() else previous  # a kill can come between the two renames of a save
-    if checkpoint.exists() and not args.resume:
-        raise InputError(f"{args.out} holds a run: continue it with --resume, or name another folder with --out")
-    frames, pack = find_data(args, rank, world)
-    if world > 1:
-        store, *_ = next(dist.rendezvous("env://"))
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # torchrun's store keeps what restarted ranks wrote
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(device.backend, store=store, rank=rank, world_size=world)
-        hosts = dist.new_group(backend="gloo")  # waits for ranks, and not for their devices
+# ---- arguments -----------------------------------------------------------------------------------
+DEFAULTS = dict(
+    data=None, preset=None, init=None, out=None, resume=False, device="auto", epochs=None,
+    minutes=0, seed=0, precision="auto", bf16_ops=None, fp32_ops=None, compile=False, graph=False,
+    save_minutes=5, log_seconds=10)
+DEMO = dict(preset="demo-64", epochs=1000, minutes=4.5, save_minutes=1)  # without --data
+LEAST = dict(epochs=1, minutes=0, batch_size=2, nz=1, ngf=1, ndf=1, seed=0, lr=0, beta1=0,
+             weight_decay=0, instance_noise=0, save_minutes=0, log_seconds=0)
+OLD_FLAGS = ("hmp", "hmp_opt_level", "hmp_verbose")  # of launch scripts for Gaudi's first releases
 
-    def largest(n):  # of all ranks: waits for them
-        tensor = torch.tensor(n)
-        if world > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=hosts)
-        return int(tensor)
-    model, step, images, scores = DCGAN(args, device, world), 0, 0, []
-    if checkpoint.exists():
+
+def make_parser():
+    """A parser that returns what was typed, and nothing else."""
+    parser = argparse.ArgumentParser(
+        usage="train.py [options]", description=__doc__, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=preset_table())
+    add = parser.add_argument
+    add("--data", help="a pack, an MSLS tree, or any folder of images (default: drawn streets)")
+    add("--preset", choices=PRESETS, help="sets the second group of options; see the table below "
+        "(default: small-64, naive-64 from 10,000 training frames on, demo-64 for drawn streets)")
+    add("--init", metavar="RUN", help="start a new run from the networks of a run or a file")
+    add("--out", help="the run's folder (default: runs/<preset>)")
+    add("--resume", action="store_true", help="continue the run in --out, or start it")
+    add("--device", choices=DEVICES, help="auto (default): a GPU, a Gaudi card, or the CPU")
+    add("--epochs", type=int, help="passes over the training frames (default: 25, and as many "
+        "as make 500,000 images)")
+    add("--minutes", type=float, help="save and stop after this time (default: no limit; "
+        "4.5 for drawn streets)")
+    add("--seed", type=int, help="seed of weights, order and noise (default: 0)")
+    add("--precision", choices=("auto", *DTYPES), help="auto (default): bf16 if the device has it")
+    add("--bf16-ops", "--hmp-bf16", metavar="FILE", help="on hpu: ops to run in bf16, one per line")
+    add("--fp32-ops", "--hmp-fp32", metavar="FILE", help="on hpu: ops to run in fp32, one per line")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="use torch.compile; on hpu this is eager mode (default: off)")
+    add("--graph", action=argparse.BooleanOptionalAction,
+        help="on cuda: replay a step as a CUDA graph (default: off)")
+    add("--save-minutes", type=float, help="time between saves (default: 5; 1 for drawn streets)")
+    add("--log-seconds", type=float, help="time between log lines (default: 10)")
+    add("--hmp", action="store_true", help=argparse.SUPPRESS)
+    add("--hmp-opt-level", help=argparse.SUPPRESS)
+    add("--hmp-verbose", action="store_true", help=argparse.SUPPRESS)
+
+    add = parser.add_argument_group("set by the preset").add_argument
+    add("--image-size", type=int, choices=IMAGE_SIZES, help="pixels (default: the pack's)")
+    add("--kernel-size", type=int, choices=(4, 5), help="4: pytorch/examples, 5: the paper")
+    add("--nz", type=int, help="size of a latent")
+    add("--ngf", type=int, help="feature maps of G's last hidden layer")
+    add("--ndf", type=int, help="feature maps of D's first layer")
+    add("--latent", choices=("normal", "uniform"), help="distribution of the latents")
+    add("--batch-size", type=int, help="images per step and process")
+    add("--lr", type=float, help="learning rate of G and D")
+    add("--beta1", type=float, help="Adam's beta1")
+    add("--weight-decay", type=float, help="AdamW's weight decay")
+    add("--instance-noise", type=float, help="standard deviation of the noise on D's input")
+    add("--augment", action=argparse.BooleanOptionalAction,
+        help="shift D's input by up to an eighth of its size")
+    add("--mirror", action=argparse.BooleanOptionalAction,
+        help="flip half of the real images left to right")
+    return parser
+
+
+def preset_table():
+    """The values of each preset, for --help."""
+    lines = ["presets:"]
+    for preset, values in PRESETS.items():
+        words = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items())
+        lines += textwrap.wrap(f"{preset}: {words}", 78, subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def parse_args(argv=None, data_options=None):
+    """The options of a run. Raises InputError.
+
+    What was typed overrides the resumed run's args.json, that overrides the sizes of --init, those
+    override data_options (what follows from the pack), and they override the preset. With neither a
+    preset nor data_options, the preset and what it sets are None.
+    """
+    typed = vars(make_parser().parse_args(argv))
+    for name, least in LEAST.items():
+        if name in typed and not typed[name] >= least:  # not a number fails too
+            raise InputError(f"{flag(name)} {typed[name]}: choose {least} or more")
+    for name in ("data", "init", "bf16_ops", "fp32_ops"):
+        if typed.get(name):
+            typed[name] = os.path.abspath(typed[name])  # a run can be resumed in another folder
+
+    follows = data_options or {}
+    if not typed.keys() & {"data", "preset", "init"}:
+        follows = DEMO
+    preset = typed.get("preset", follows.get("preset"))
+    out = typed.get("out", preset and f"runs/{preset}")
+
+    saved = {}
+    if typed.get("resume") and out:
+        saved = read_args(out)
+    if saved:
+        if typed.get("preset", saved["preset"]) != saved["preset"]:
+            raise InputError(f"--preset {preset}: {out} is a run of {saved['preset']}. "
+                             "Name another --out")
+    elif "init" in typed:
+        saved = read_sizes(typed)
+
+    options = dict.fromkeys(NAIVE) | DEFAULTS | PRESETS.get(preset, {}) | follows | saved | typed
+    return argparse.Namespace(**options | dict(out=out))
+
+
+def flag(name):
+    """The option's name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def read_args(out):
+    """The options in a run's args.json, or {} if there is none. Raises InputError."""
+    path = Path(out, "args.json")
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)}): "
+                         "delete it, and type the run's options once more") from error
+
+
+def read_sizes(typed):
+    """The sizes of the networks that --init names. Raises InputError if others were typed."""
+    path = find_checkpoint(typed["init"], "best.pt", "checkpoint.pt")
+    content = load_file(path)
+    sizes = content.get("sizes")
+    if sizes is None:
         try:
-            saved = load_file(checkpoint)
-            model.load_state_dict(saved)
-            step, images, scores = saved["step"], saved["images"], saved["scores"]
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{checkpoint} is damaged, or of other networks or an older train.py ({one_line(error)}). "
-                             f"Only if it is damaged, continue from the one before: mv {previous} {newest}") from error
-    if largest(images) != images:
-        raise InputError(f"{args.out} is at image {images:,} here, and further on another machine: share one folder")
-    images_per_step = args.batch_size * world  # a resumed run can have another: its data go on by images, not steps
-    total = args.epochs * cut_stretches(frames, args.batch_size)[1] * images_per_step
-    stream = batches(frames, args.batch_size, (args.seed, rank), images // images_per_step, device.pin)
-    train_step = graphed(model.step) if args.graph else model.step
-    reporter = Reporter(args, pack, model, total, ends, scores) if rank == 0 else None
-    if reporter:
-        reporter.start(step, images)
+            sizes = guess_sizes(Generator, find_weights(content, G_NAMES))
+            with suppress(AttributeError, LookupError, ValueError):
+                sizes.update(guess_sizes(Discriminator, find_weights(content, D_NAMES)))
+        except (AttributeError, LookupError, ValueError) as error:
+            raise InputError(f"{path} holds no DCGAN generator ({one_line(error)})") from error
+    for name, size in sizes.items():
+        if typed.get(name, size) != size:
+            raise InputError(f"{flag(name)} {typed[name]}: {path} has {flag(name)} {size}. "
+                             "Leave it out")
+    return {name: sizes[name] for name in SIZES if name in sizes}
 
-    stop = []  # Ctrl-C, or SIGTERM, which some launchers send twice: finish the step, save, exit
-    def on_signal(signum, frame):
-        stop.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # after that, a Ctrl-C ends the process at once
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    logged, since, waited, leave = step, time.perf_counter(), 0.0, 0
-    while images < total and not leave:
-        began = time.perf_counter()
-        batch = next(stream).to(device.kind, non_blocking=True)
-        waited += time.perf_counter() - began
-        # A seed for each step and rank: a resumed run draws the same numbers, and the noise of the ranks differs.
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, rank, step)).generate_state(1)[0]))
-        stats = train_step(batch)
-        step, images = step + 1, images + images_per_step
-        if world == 1 or step % 10 == 0:  # leave is the number of a signal to any rank, or 1 at the end of --minutes
-            leave = largest(stop[0] if stop else int(time.monotonic() > ends))
-        last = leave or images >= total
-        if last or step % args.log_every == 0:
-            stats = stats.tolist()  # waits for the device
-            took = time.perf_counter() - since
+# ---- the program ---------------------------------------------------------------------------------
+@torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
+def main(argv=None):
+    # Prepare: options, device, data.
+    began = time.monotonic()
+    ranks = Ranks()
+    args = parse_args(argv)
+    find_run(args)  # an existing run is noticed before a long preparation
+    device = set_up_device(args, ranks.local_rank)
+    pack = find_data(args, ranks)
+    if args.preset is None:
+        args = parse_args(argv, follow_data(pack))
+    args.data = str(pack.folder.absolute())
+    checkpoint = find_run(args)
+    frames = share(pack.train, ranks, args.batch_size)
+    images_per_step = args.batch_size * ranks.world
+    images_per_epoch = cut_stretches(frames, args.batch_size)[1] * images_per_step
+    if args.epochs is None:
+        args.epochs = max(25, math.ceil(500_000 / images_per_epoch))
+    total = args.epochs * images_per_epoch
+    ends = began + 60 * (args.minutes or math.inf)
+
+    # Connect the processes, and restore the run.
+    ranks.connect(device.backend)
+    dcgan = DCGAN(args, device, ranks.world)
+    unchanged = fingerprint(checkpoint)
+    images, scores = 0, []
+    if unchanged:
+        images, scores = restore(dcgan, checkpoint, pack)
+    elif args.init:
+        dcgan.load_networks(find_checkpoint(args.init, "best.pt", "checkpoint.pt"))
+    step = int(dcgan.steps)
+    ranks.check_same({"pack": pack.identity, "length in images": total, "progress": images})
+
+    # Train.
+    seeds = args.seed, ranks.rank
+    stream = batches(frames, args.batch_size, seeds, images // images_per_step, device.pin)
+    feed = Feed(stream, device)
+    train_step = graphed(dcgan.step) if args.graph else dcgan.step
+    reporter = None
+    if ranks.rank == 0:
+        reporter = Reporter(args, pack, dcgan, total, ends, scores, unchanged)
+    with silent_writer(), catch_signals() as received:
+        if reporter:
+            reporter.start(step, images)
+        stats, signum, late = None, 0, False
+        while total - images >= images_per_step and not signum and not late:
+            batch = next(feed)
+            seed_step(device, args.seed, ranks.rank, step)
+            stats = train_step(batch)
+            step += 1
+            images += images_per_step
             if reporter:
-                reporter.log(step, images, stats, (step - logged) * images_per_step / took, waited / took)
-                if last or time.monotonic() > reporter.due:
-                    reporter.save(step, images, draw=leave < 2)
-            logged, since, waited = step, time.perf_counter(), 0.0
-    largest(0)  # wait until rank 0 has saved
+                reporter.after_step(step, images, stats, feed.waited)
+            if ranks.world == 1 or step % 10 == 0:
+                signum, late = ranks.largest(max(received, default=0), time.monotonic() > ends)
+
+        # End.
+        if reporter:
+            reporter.end(step, images, stats, feed.waited, signum, late)
+        ranks.largest(0)  # wait until rank 0 has saved
     del train_step  # NCCL cannot end before the graph that uses it
-    if world > 1:
-        dist.destroy_process_group()
-    if reporter:
-        print(f"{args.out} is at image {images:,} of {total:,}. To see it: python sample.py --checkpoint {args.out}")
-        if reporter.failed:
-            sys.exit(f"error: {reporter.failed}")
-    if leave > 1:
-        sys.exit(128 + leave)
-    return model
+    ranks.disconnect()
+    if signum:
+        sys.exit(128 + signum)
+    return dcgan
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "choose a smaller --batch-size, or a smaller --ngf and --ndf")
