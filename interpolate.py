@@ -14,6 +14,7 @@ SPDX-License-Identifier: MIT
 Copyright (c) 2026 the authors of this repository
 """
 import argparse
+import math
 import os
 import re
 from pathlib import Path
@@ -90,6 +91,8 @@ def save(images, args):
 
     replaced = ", replaced" if args.out.exists() else ""
     make_folder(args.out.parent)
+    if args.kind == ".gif":
+        images = reduce_colours(images)
     first, *others = images
     if args.kind == ".png":
         write(first, args.out)
@@ -97,6 +100,20 @@ def save(images, args):
         write(first, args.out, save_all=True, append_images=others, loop=0,
               duration=frame_lengths(len(images), args.fps))
     return replaced
+
+
+def reduce_colours(images):
+    """Images with the 256 colours that suit all of them best.
+
+    One palette for each frame would take 20 times as long.
+    """
+    some = [image.reduce(2) for image in images[::math.ceil(len(images) / 16)]]
+    width, height = some[0].size
+    together = Image.new("RGB", (width, height * len(some)))
+    for i, image in enumerate(some):
+        together.paste(image, (0, height * i))
+    palette = together.quantize(256)
+    return [image.quantize(palette=palette) for image in images]
 
 
 def save_frames(images, folder):

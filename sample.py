@@ -220,6 +220,7 @@ PAGE = """\
             --line: #3a3733; --accent: #e8a27a; --on-accent: #191817; }
   }
   * { box-sizing: border-box; }
+  html { scroll-padding-bottom: 5rem; }  /* the height of the footer */
   body { margin: 0; background: var(--paper); color: var(--ink);
          font: 1rem/1.5 system-ui, sans-serif; }
   main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 6rem; }

@@ -73,6 +73,8 @@ class Browser:
         return self.ask("POST", "/execute/sync", script=script, args=args)
 
     def find(self, selector):
+        """The protocol's reference to an element, after scrolling to it."""
+        self.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
         return self.ask("POST", "/element", using="css selector", value=selector)[ELEMENT]
 
     def click(self, selector):
