@@ -50,7 +50,7 @@ class device:  # with torch.hpu.device(...)
 def get_device_name(device=None):
     """Acquires a card. A machine without a card is no error here: a warning, and an empty name."""
     if not is_available():
-        warnings.warn("Device not available")
+        warnings.warn("Device not available", stacklevel=2)
         return ""
     torch.ops.hpu_sim.acquire()
     return "GAUDI (simulated)"

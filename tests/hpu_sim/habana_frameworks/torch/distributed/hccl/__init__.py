@@ -1,7 +1,7 @@
 """Registers the backend `hccl`, which takes card tensors only. Gloo does the work, on the same memory.
 
 A group ends with a barrier without a time limit: in destroy_process_group(), or at the end of a process that has not
-called it. A rank that ends alone waits for the others, which wait for it. os._exit() ends a process without the barrier.
+called it. A rank that ends alone waits there for the others, which wait for the rank. os._exit() skips the barrier.
 """
 import atexit
 import os
