@@ -316,12 +316,12 @@ def test_a_metrics_file_counts_compilations_and_fallbacks(on_card, tmp_path):
 
 
 def test_a_metrics_file_without_a_folder_ends_the_run_at_its_first_graph(on_card):
-    (uploads, first_graph), _ = on_card(LAZY, """
+    (before, first_graph), _ = on_card(LAZY, """
         x = torch.ones(4, 6).to("hpu")
-        uploads = error(lambda: x + 1)
-        show(uploads, error(htcore.mark_step))
+        before = error(lambda: x + 1)
+        show(before, error(htcore.mark_step))
     """, PT_HPU_METRICS_FILE="metrics.json", PT_HPU_METRICS_DUMP_TRIGGERS="metric_change")
-    assert uploads is None
+    assert before is None
     assert first_graph.startswith("RuntimeError: FileNotFoundError: [Errno 2] No such file or directory: ''")
 
 
@@ -346,7 +346,7 @@ def test_a_list_of_ops_with_windows_line_ends_matches_nothing_and_says_nothing(e
 
 
 def test_a_product_with_a_number_is_bf16_under_autocast(on_card):
-    """A random number times a number is rounded: 200 of 256 steps are lost above 128."""
+    """The product of a random number and a number is rounded to 8 bits. A draw between two numbers is not."""
     (product, drawn), _ = on_card(LAZY, """
         with torch.autocast("hpu", torch.bfloat16):
             product = torch.rand(8, device="hpu") * 9
@@ -448,18 +448,19 @@ def two_ranks(card, tmp_path):
 @pytest.mark.parametrize("end", ["by itself", "destroyed"])
 def test_a_rank_that_ends_alone_waits_for_the_others(end, two_ranks, tmp_path):
     first, second = two_ranks(end)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "0 ends").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "0 ends").exists():
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     for _ in range(2):
         with pytest.raises(TimeoutError):
             first.wait(2)
         first.send_signal(signal.SIGTERM)  # no handler of Python runs in the barrier
     (tmp_path / "go").touch()
-    assert (first.wait(60), second.wait(60)) == (3, 3)
+    assert (first.wait(120), second.wait(120)) == (3, 3)
 
 
 def test_an_exit_hook_of_the_script_runs_before_the_barrier(two_ranks):
     first, second = two_ranks("at once")
-    assert first.wait(60) == 1
+    assert first.wait(120) == 1
     assert second.poll() is None
