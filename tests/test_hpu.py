@@ -6,17 +6,19 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TINY, Fork, new_process, run
-from hpu_sim.build import Unavailable, build
+from hpu_sim.build import Unavailable, build, without_plugin_lines
 from PIL import Image
 
 EAGER = {"PT_HPU_LAZY_MODE": "0"}
@@ -78,7 +80,7 @@ def streets(tmp_path_factory):
 def train_on(card, streets, tmp_path_factory):
     """train_on(device, *options, …) runs train.py → out (its folder), losses, report (the card's), stdout, warnings.
 
-    stderr has the plugin's three warnings in eager mode, and `warnings` lines of train.py.
+    stderr has the plugin's banner, its three warnings in eager mode, and `warnings` lines of train.py.
     """
     def train(device, *options, script="train.py", data=streets, out=None, epochs=3, log_every=1, precision="fp32",
               env=(), warnings=0, status=0, popen=Fork):
@@ -89,9 +91,10 @@ def train_on(card, streets, tmp_path_factory):
         done = run(script, *TINY, "--device", device, "--data", data, "--out", out, "--epochs", epochs, "--log-every",
                    log_every, "--precision", precision, *options, env=env, status=status, popen=popen)
         report = json.loads((folder / "card.json").read_text()) if device == "hpu" else {}
-        lines = done.stderr.splitlines()
-        ours = [line for line in lines if "does not have any effect. It's lazy mode only" not in line]
-        assert len(ours) == warnings and len(lines) - len(ours) == (3 if report.get("mode") == "eager" else 0), lines
+        ours = without_plugin_lines(done.stderr)
+        assert len(ours) == warnings, done.stderr
+        eager = 3 if report.get("mode") == "eager" else 0
+        assert done.stderr.count("does not have any effect. It's lazy mode only") == eager, done.stderr
         return SimpleNamespace(out=out, losses=losses(done.stdout), report=report, stdout=done.stdout, warnings=ours)
     return train
 
@@ -179,14 +182,21 @@ def waits(report):
 
 
 def check_lazy(report, logs, saves, begun=0, more=0):
-    """Check a lazy run that began at step `begun` and logged and saved after these steps. It may have `more` graphs."""
+    """Check a lazy run that began at step `begun` and logged and saved after these steps. It may have `more` graphs.
+
+    A graph that is compiled again because its inputs have another layout is not counted: this is normal in the second
+    and the third step, and in a save.
+    """
     logs, saves = ({2 * (step - begun) for step in steps} for steps in (logs, saves))
     graphs = report["graph_steps"]
-    assert report["mode"] == "lazy" and report["fallbacks"] == {}
+    assert report["mode"] == "lazy"
+    assert report["fallbacks"] == {}, "fall-backs to the CPU"
     assert set(waits(report)) <= logs | saves, "waits for the card in other steps than logged ones and saves"
     assert len(graphs) <= 10 + more, "graphs: six for training, three for the first save, one for later saves"
     assert len([step for step in graphs if step not in saves]) <= more + (4 if 0 in saves else 6), "graphs for training"
     assert not [step for step in graphs if step > min(logs) and step not in saves], "graphs after the first log line"
+    again = [step for step in report["layout_steps"] if step not in saves]
+    assert max(again) < 2 * 3, "graphs compiled again after the third step"
 
 
 @pytest.fixture(scope="module")
@@ -212,33 +222,55 @@ def test_a_run_compiles_six_graphs_for_training_and_waits_only_to_log_and_to_sav
 
 
 FAULTS = {
-    "batches that are views at changing offsets": """
+    "batches that are views at changing offsets": ("graphs", """
 batches = train.batches
 def of_one_upload(*args):
     one_by_one = batches(*args)
     while True:
         yield from torch.cat([next(one_by_one) for _ in range(64)]).to("hpu").split(16)
-train.batches = of_one_upload""",
-    "swa_utils.update_bn": """
+train.batches = of_one_upload"""),
+    "swa_utils.update_bn": ("graphs", """
 def sampler(self):
     z = train.latents(range(512), self.args.nz, self.args.latent).split(64)
     torch.optim.swa_utils.update_bn((part.to("hpu") for part in z), self.G_ema)
     return self.G_ema.eval()
-train.DCGAN.sampler = sampler""",
-    "a slice with Python numbers in the step": """
+train.DCGAN.sampler = sampler"""),
+    "a slice with Python numbers in the step": ("graphs", """
 cut_windows = train.cut_windows
 def at(frames, *args, calls=[]):
     calls.append(len(calls) % 8)
     return cut_windows(frames[:, :, calls[-1]:calls[-1] + 40], *args)
-train.cut_windows = at""",
+train.cut_windows = at"""),
+    "weights that are uploaded again in a later step": ("compiled again", """
+step = train.DCGAN.step
+def step_and_upload(self, frames, calls=[]):
+    calls.append(frames)
+    if len(calls) == 6:
+        for weight in self.G.parameters():
+            weight.data.copy_(0.02 * torch.randn(weight.shape))
+    return step(self, frames)
+train.DCGAN.step = step_and_upload"""),
+    "bytes that are permuted": ("fall-backs", """
+cut_windows = train.cut_windows
+def permuted(frames, *args):
+    frames.permute(0, 3, 1, 2)
+    return cut_windows(frames, *args)
+train.cut_windows = permuted"""),
+    "pictures that become bytes on the card": ("fall-backs", """
+render = train.render
+def on_the_card(G, z, *args):
+    with torch.no_grad():
+        G(z.to("hpu")).to(torch.uint8)
+    return render(G, z, *args)
+train.render = on_the_card"""),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_check_finds_a_planted_fault(fault, train_on, tmp_path):
-    script = driver(tmp_path, FAULTS[fault])
-    report = train_on("hpu", *OPTIONS, script=script, precision="bf16", log_every=4).report
-    with pytest.raises(AssertionError, match="graphs"):
+    words, plant = FAULTS[fault]
+    report = train_on("hpu", *OPTIONS, script=driver(tmp_path, plant), precision="bf16", log_every=4).report
+    with pytest.raises(AssertionError, match=words):
         check_lazy(report, {4, 8, 12}, {0, 12})
 
 
@@ -247,6 +279,69 @@ def test_compile_takes_eager_mode_and_compiles_in_the_first_steps_alone(train_on
                       env={"PT_HPU_LAZY_MODE": "1"}).report  # as older launch scripts set it
     assert report["mode"] == "eager" and report["fallbacks"] == {}
     assert 2 <= report["compiles"] <= 4 and max(report["compile_steps"]) < 4
+
+
+def shifted(card, plant=""):
+    """How many of 4,096 images train.translate shifts differently on the card, in bf16, and on the CPU, in fp32."""
+    code = f"""
+import sys
+import torch, train
+device = train.choose_device("hpu")
+{plant}
+images = torch.ones(4096, 1, 16, 16)
+torch.manual_seed(0)
+on_cpu = train.translate(images)
+torch.manual_seed(0)
+with torch.autocast("hpu", torch.bfloat16):
+    on_card = train.translate(images.to("hpu"))
+print((on_card.cpu().float() != on_cpu).flatten(1).any(1).sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **card}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_images_are_shifted_on_the_card_as_on_the_cpu(card):
+    assert shifted(card) == 0
+
+
+def test_that_check_finds_shifts_in_bf16(card):
+    assert shifted(card, """
+def translate(images):
+    S = images.shape[-1]
+    pixels = torch.arange(S, device=images.device)
+    shifts = (torch.rand(2, len(images), 1, 1, 1, device=images.device) * (S // 4 + 1)).floor() - S // 8
+    rows, columns = (pixels[:, None] == pixels + shifts).to(images.dtype)
+    return rows @ images @ columns.mT
+train.translate = translate""") > 0
+
+
+# ---- the plugin's own files and words -------------------------------------------------------------------------------
+
+def test_a_metrics_file_has_what_the_readme_says(train_on, tmp_path):
+    env = {"PT_HPU_METRICS_FILE": str(tmp_path / "metrics.json"),
+           "PT_HPU_METRICS_DUMP_TRIGGERS": "process_exit,metric_change"}
+    report = train_on("hpu", *OPTIONS, env=env).report
+    entries = json.loads((tmp_path / "metrics.json").read_text())
+    last = {entry["metric_name"]: entry["statistics"]["TotalNumber"] for entry in entries}
+    assert last["graph_compilation"] == report["graphs"] + report["layout_graphs"]
+    assert last["cpu_fallback"] == 0
+
+
+def test_a_metrics_file_without_a_folder_ends_the_run(card, streets, tmp_path):
+    env = {**os.environ, **card, "PT_HPU_METRICS_FILE": "metrics.json",
+           "PT_HPU_METRICS_DUMP_TRIGGERS": "process_exit,metric_change"}
+    words = [sys.executable, ROOT / "train.py", *TINY, "--device", "hpu", "--data", streets, "--out", tmp_path / "a"]
+    done = subprocess.run(list(map(str, words)), cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and "No such file or directory: ''" in done.stderr
+
+
+def test_too_little_memory_is_one_line(card, streets, tmp_path):
+    stderr = run("train.py", *TINY, "--device", "hpu", "--data", streets, "--out", tmp_path / "a", status=2,
+                 env={**card, "HPU_SIM_MEMORY": "1000000"}).stderr
+    line, = without_plugin_lines(stderr)
+    assert "--batch-size" in line
 
 
 # ---- files and pictures ---------------------------------------------------------------------------------------------
@@ -277,7 +372,8 @@ def test_nearest_and_features_run_on_the_cpu_and_say_so(scored, card, tmp_path):
         return run("sample.py", "--device", "hpu", "--checkpoint", trained.out, option, pack, *words, env=env)
     both = at_once(lambda: examine("--nearest", "--n", 4, "--out", tmp_path / "a.png"), lambda: examine("--features"))
     for option, done in zip(("--nearest", "--features"), both):
-        assert len([line for line in (done.stdout + done.stderr).splitlines() if "CPU" in line]) == 1
+        lines = done.stdout.splitlines() + without_plugin_lines(done.stderr)
+        assert len([line for line in lines if "CPU" in line]) == 1
         report = tmp_path / option
         assert not report.exists() or json.loads(report.read_text())["ops"] == {}
 
@@ -319,6 +415,52 @@ train.main, train.batches, train.DCGAN.step = main_and_what_it_saw, seen, seen_s
         assert report["events"].count("mark:hccl") == 2 * 8, "one all-reduce for each update"
 
 
+FAILING_RANK = """
+open(os.path.join(os.path.dirname(__file__), "pid" + os.environ["RANK"]), "w").write(str(os.getpid()))
+step = train.DCGAN.step
+def failing(self, frames, calls=[]):
+    calls.append(frames)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        raise train.InputError("this rank fails")
+    return step(self, frames)
+train.DCGAN.step = failing"""
+
+
+def run_failing_rank(script, card, streets, timeout):
+    """(exit status, output) of two ranks under torchrun. Raises TimeoutExpired this many seconds after the failure."""
+    folder = script.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, *TINY,
+               "--device", "hpu", "--data", streets, "--out", folder / "run", "--epochs", 4]
+    job = subprocess.Popen(list(map(str, command)), env={**os.environ, **card, "HPU_SIM_CARDS": "2"},
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = []
+    with job:
+        for line in job.stdout:
+            output.append(line)
+            if "this rank fails" in line:
+                break
+        try:
+            job.wait(timeout)
+        except subprocess.TimeoutExpired:
+            for pid in [job.pid, *(int(path.read_text()) for path in folder.glob("pid*"))]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
+        output += job.stdout
+    return job.returncode, "".join(output)
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_one_error_line(card, streets, tmp_path):
+    status, output = run_failing_rank(driver(tmp_path, FAILING_RANK), card, streets, timeout=60)
+    assert status != 0 and output.count("error: this rank fails") == 1
+
+
+def test_that_check_finds_a_rank_that_waits_for_the_others_at_its_end(card, streets, tmp_path):
+    plant = f"{FAILING_RANK}\nfrom types import SimpleNamespace\ntrain.atexit = SimpleNamespace(register=print)"
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_failing_rank(driver(tmp_path, plant), card, streets, timeout=20)
+
+
 # ---- the lists of ops -----------------------------------------------------------------------------------------------
 
 def test_files_replace_the_plugins_lists(runs, train_on, tmp_path):
@@ -334,6 +476,32 @@ def test_files_replace_the_plugins_lists(runs, train_on, tmp_path):
     np.testing.assert_allclose(fp32.losses, runs["lazy"].losses, **CLOSE)
     assert mixed.stdout.splitlines()[-1] == "[]", "without options the plugin's own lists apply"
     assert fp32.stdout.splitlines()[-1] == str([str(tmp_path / "high"), str(tmp_path / "low")]), "absolute paths"
+
+
+def losses_with_list(train_on, folder, name, end, *faults):
+    """Losses of a run whose bf16 list is the layers of both networks, in a file with this line end."""
+    (folder / name).write_bytes(end.join(["conv2d", "conv_transpose2d", ""]).encode())
+    script = driver(folder, faults[0].format(str(folder / name))) if faults else "train.py"
+    return train_on("hpu", *OPTIONS, "--bf16-ops", folder / name, script=script, precision="bf16", epochs=1).losses
+
+
+def test_a_list_with_windows_line_ends_is_the_list_it_looks_like(train_on, tmp_path):
+    unix, windows = at_once(lambda: losses_with_list(train_on, tmp_path, "unix", "\n"),
+                            lambda: losses_with_list(train_on, tmp_path, "windows", "\r\n"))
+    np.testing.assert_array_equal(unix, windows)
+
+
+def test_that_check_finds_a_list_that_the_plugin_gets_as_it_is(train_on, tmp_path):
+    fault = """
+choose_device = train.choose_device
+def with_the_file(name):
+    os.environ["PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST"] = {!r}
+    return choose_device(name)
+train.choose_device = with_the_file"""
+    unix = losses_with_list(train_on, tmp_path, "unix", "\n")
+    windows = losses_with_list(train_on, tmp_path, "windows", "\r\n", fault)
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(unix, windows)
 
 
 def test_names_that_torch_does_not_know_and_other_devices_are_no_errors(train_on, tmp_path):
@@ -369,16 +537,21 @@ def test_without_a_card_one_line_says_why(script, card, tmp_path):
             lambda: check_refusal(script, {**card, "HPU_SIM_BUSY": "1"}, "Device acquire failed", tmp_path))
 
 
-def test_that_check_finds_a_script_that_only_counts_cards(card, streets, tmp_path):
+@pytest.mark.parametrize("machine, reason, choose", [
+    ("busy", "Device acquire failed", "torch.hpu.is_available()"),
+    ("without a card", "no Gaudi card", "torch.hpu.get_device_name() is not None"),
+])
+def test_that_check_finds_a_script_that_looks_at_one_sign_of_a_card(machine, reason, choose, card, streets, tmp_path):
     script = driver(tmp_path, f"""
 def choose_device(name):
     import habana_frameworks.torch.core
-    if torch.hpu.is_available():
+    if {choose}:
         return torch.device("hpu")
 train.choose_device = choose_device
 sys.argv += ["--data", {str(streets)!r}, "--image-size", "32", "--batch-size", "16"]""")
+    env = {"HPU_SIM_BUSY": "1"} if machine == "busy" else {"HPU_SIM_CARDS": "0"}
     with pytest.raises(AssertionError, match="(?s)Traceback.*Device acquire failed"):
-        check_refusal(script, {**card, "HPU_SIM_BUSY": "1"}, "Device acquire failed", tmp_path)
+        check_refusal(script, {**card, **env}, reason, tmp_path)
 
 
 def test_auto_takes_a_free_card_or_else_the_cpu(card, streets, runs, tmp_path):
@@ -388,6 +561,6 @@ def test_auto_takes_a_free_card_or_else_the_cpu(card, streets, runs, tmp_path):
         lambda: run("train.py", *train, "--out", tmp_path / "busy", env=busy),
         lambda: run("sample.py", "--checkpoint", runs["cpu"].out, "--out", tmp_path / "samples.png", env=busy),
         lambda: run("interpolate.py", "--checkpoint", runs["cpu"].out, "--out", tmp_path / "walk.png", env=busy))
-    assert "1 × hpu" in free.stdout and free.stderr == "" and "1 × cpu" in others[0].stdout
+    assert "1 × hpu" in free.stdout and without_plugin_lines(free.stderr) == [] and "1 × cpu" in others[0].stdout
     for done in others:
         assert "Device acquire failed" in done.stderr and "CPU" in done.stderr and len(done.stderr.splitlines()) == 1
