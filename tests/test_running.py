@@ -419,7 +419,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_line(pack, tmp_path):
     words = [*ENDLESS, "--data", pack, "--out", tmp_path / "run"]
     took, text = run_with_a_faulty_rank(fault, words, tmp_path)
     assert text.count("error: the disk of this machine has gone") == 1
-    assert text.count("Traceback") == 0, "the other rank says nothing"
+    assert f'File "{ROOT}' not in text, "the other rank says nothing; torchrun prints a traceback of its own"
     assert took < 120
 
 
