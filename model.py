@@ -430,8 +430,9 @@ def use_once(kind, local_rank):
         except ModuleNotFoundError:
             raise ImportError("the plugin habana_frameworks is not installed "
                               "(docs.habana.ai, Installation Guide)") from None
-        if not torch.hpu.get_device_name():  # acquires it: is_available() counts busy cards too
+        if not torch.hpu.is_available():  # it counts busy cards too
             raise RuntimeError("torch.hpu finds no Gaudi card")
+        torch.hpu.get_device_name()  # acquires one
     elif kind == "cpu":
         limit_threads()
     else:

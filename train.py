@@ -692,7 +692,12 @@ def find_run(args):
 
 def restore(dcgan, path, pack):
     """Continue from a checkpoint: (images, scores). Raises InputError if it does not fit."""
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except InputError as error:
+        best = path.with_name("best.pt")
+        hint = f". Start a new run from the best: --init {best} --out NEW" if best.exists() else ""
+        raise InputError(f"{error}{hint}") from error
     if not {"sizes", "pack", "step", "images", "scores"} <= saved.keys():
         raise InputError(f"{path} is not a checkpoint of this train.py: name another --out")
     run = path.parent
@@ -935,7 +940,8 @@ class Reporter:
             self.log(step, images, stats, waited)
         if stats and images != self.saved:
             self.save(step, images, draw=not signum)
-        self.board.close()
+        with suppress(OSError):
+            self.board.close()
         again = f"python train.py --resume --out {shlex.quote(str(self.out))}"
         if signum:
             say(f"stopped and saved at image {images:,}; go on with: {again}")
@@ -1016,7 +1022,8 @@ def preset_table():
     lines = ["presets:"]
     for preset, values in PRESETS.items():
         words = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items())
-        lines += textwrap.wrap(f"{preset}: {words}", 78, subsequent_indent="    ")
+        lines += textwrap.wrap(
+            f"{preset}: {words}", 78, subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines)
 
 
