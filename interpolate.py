@@ -195,6 +195,8 @@ def parse_args(argv=None):
 
 def check_out(parser, out):
     """What to write: the suffix of a file, or "" for a folder. Ends the script if it is neither."""
+    if not out.name:  # "" or "."
+        parser.error(f"--out {out}: name a file or a folder")
     suffix = out.suffix.lower()
     if suffix in VIDEOS:
         folder = out.with_suffix("")

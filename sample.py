@@ -673,6 +673,8 @@ def check_out(parser, args):
     """End the script if args.out is not a file or folder of the right kind."""
     if args.out is None:
         return
+    if not args.out.name:  # "" or "."
+        parser.error(f"--out {args.out}: name a file or a folder")
     suffix = args.out.suffix.lower()
     images = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -308,6 +308,8 @@ def test_out_that_cannot_be_written_is_one_line(lively, call, tmp_path):
     for words, says in (
         ("--out samples2", "add --separate"),
         ("--out x.gif", "a .png, .jpg or .webp file"),
+        ("--out .", "name a file or a folder"),
+        ("--out . --separate", "name a file or a folder"),
         ("--out folder.png", "is a folder"),
         ("--out folder.html", "is a folder"),
         ("--out README.md/x.png", "README.md is a file"),
@@ -321,6 +323,7 @@ def test_out_that_cannot_be_written_is_one_line(lively, call, tmp_path):
         line = call(sample, "--checkpoint", lively, "--n", 2, *words.split(), status=2)
         assert "error: " in line and says in line
     for words, says in (
+        ("--out .", "name a file or a folder"),
         ("--out x.jpg", "or a folder for numbered pictures"),
         ("--out README.md/x.gif", "README.md is a file"),
         ("--out README.md/x", "README.md is a file"),
