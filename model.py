@@ -601,8 +601,21 @@ def seed_list(text):
             raise ArgumentTypeError(f"{span} descends: write {last}-{first}")
         if last >= 2 ** 63:
             raise ArgumentTypeError(f"{span} is too large: seeds are below 2^63")
+        if last - first >= 10_000_000:
+            raise ArgumentTypeError(f"{span} has more than 10,000,000 seeds")
         seeds += range(first, last + 1)
     return seeds
+
+
+def make_folder(folder):
+    """Make a folder and those above it, unless they exist. Raises InputError."""
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise InputError(f"{path} is a file, not a folder: choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
 
 
 def one_line(error):
