@@ -332,8 +332,20 @@ def seed_list(text):
     return seeds
 
 
+def say(*values, end="\n"):
+    """print to stdout at once. Output that is lost (a closed pipe, a narrow encoding) never ends the work."""
+    try:
+        print(*values, end=end, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
 def run_script(main):
     """Call a script's main(). A user's mistake, a full disk or too little memory gives one line and exit status 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stderr, "reconfigure"):
+        sys.stderr.reconfigure(errors="backslashreplace")
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))  # unwinds
     try:
