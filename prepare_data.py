@@ -535,8 +535,8 @@ def explain_sequences(frames, holdout):
     msls = sum(1 for path in alone if MSLS.match(path))
     photographs = len(alone) - msls
     if msls:
-        say(f"{count(msls, 'image')} of MSLS without a sequence: add msls_metadata.zip. Panoramas "
-            "and near-duplicates\namong them are kept, and similar images can be in both splits.")
+        say(f"{count(msls, 'image')} of MSLS without metadata (add msls_metadata.zip):\n"
+            "panoramas and near-duplicates are kept, similar images can be in both splits")
     if photographs and holdout:
         say(f"{holdout:.0%} of the {count(photographs, 'photograph')} are held out for scoring")
 
