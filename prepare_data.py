@@ -164,8 +164,9 @@ class progress:
 
     def show(self, done):
         now = time.monotonic()
-        due = now - self.shown > (0.2 if self.terminal else 10) or done == self.total
-        if not due or now - self.began < 1:
+        pause = 0.2 if self.terminal else 10
+        last = done == self.total and done > 1
+        if now - self.began < 1 or not (last or now - self.shown > pause):
             return
 
         self.shown = now
@@ -299,11 +300,12 @@ def list_folder(folder, seen):
         subfolders = []
         for entry in entries:
             path = f"{here.rstrip('/')}/{entry.name}"
+            kind = kind_of_entry(entry)
             if HIDDEN.match(entry.name):
                 yield path, "hidden: its name is one that tools use"
-            elif entry.is_dir():
+            elif kind == "folder":
                 subfolders.append((entry.is_symlink(), path))
-            elif not entry.is_file():
+            elif kind != "file":
                 yield path, "unreadable image: neither a file nor a folder"
             elif suffix_of(path) in ARCHIVES:
                 yield from list_archive(path, seen)
@@ -315,6 +317,16 @@ def list_folder(folder, seen):
                 folders.appendleft(path)
             else:
                 folders.append(path)
+
+
+def kind_of_entry(entry):
+    """'folder', 'file' or '' for an os.DirEntry; of what a link leads to."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else ""
+    except OSError:  # links in a circle
+        return ""
 
 
 def kind_of_result(names):
@@ -428,6 +440,10 @@ def list_tar(archive):
             else:
                 read = "unreadable image: a link or a special file in an archive"
             files.append((entry.name, read))
+
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512).strip(b"\0"):  # tarfile takes a damaged header for the end
+            raise ValueError(f"damaged after {count(len(files), 'file')}")
     return files
 
 
@@ -638,7 +654,8 @@ def open_picture(data):
     try:
         return Image.open(io.BytesIO(data), formats=DECODERS)
     except UnidentifiedImageError:  # a web page, a pointer of Git LFS, HEIC in spite of its name
-        raise ValueError(f"not an image of a known kind: it starts with {data[:16]!r}") from None
+        reason = f"no known kind of image, or damaged: it starts with {data[:16]}"
+        raise ValueError(reason) from None
 
 
 def orientation(picture):

@@ -359,6 +359,11 @@ def test_a_tar_archive_is_read_like_a_folder(packed, msls, tmp_path):
     assert len(rows(tmp_path / "out" / "index.csv")) == 10 and "cut.tar cannot be read" in text
     why = reasons(tmp_path / "out")
     assert set(why) == {"in/photos/photos/link.jpg", "in/cut.tar"} and "link" in why["in/photos/photos/link.jpg"]
+    data = bytearray((tmp_path / "in" / "photos.tar").read_bytes())
+    data[data.find(b"./photos/Bath/5.jpg") + 150] ^= 1  # in a header's checksum
+    (tmp_path / "damaged.tar").write_bytes(data)
+    stderr = run(*PREPARE, tmp_path / "damaged.tar", tmp_path / "no", status=2).stderr
+    assert "damaged.tar: unreadable archive: damaged after 5 files" in stderr, "tarfile takes this for the end"
     write_tar(tmp_path / "msls.tar", {f"./{name}": data for name, data in msls.items()})
     run(*PREPARE, tmp_path / "msls.tar", tmp_path / "msls")
     assert contents(tmp_path / "msls") == contents(packed[0])
@@ -570,9 +575,10 @@ def test_special_files_are_not_opened(tmp_path):
     os.mkfifo(home / "pipe.zip")
     (home / "device.png").symlink_to("/dev/zero")
     (home / "nowhere").symlink_to("missing")
+    (home / "round").symlink_to("round")
     run(*PREPARE, home, tmp_path / "out", timeout=60)
     why = reasons(tmp_path / "out")
-    assert set(why) == {f"in/{name}" for name in ("pipe.jpg", "pipe.zip", "device.png", "nowhere")}
+    assert set(why) == {f"in/{name}" for name in ("pipe.jpg", "pipe.zip", "device.png", "nowhere", "round")}
     assert set(why.values()) == {"unreadable image: neither a file nor a folder"}
 
 
