@@ -265,28 +265,39 @@ def list_source(source, seen):
         yield from list_archive(source, seen)
 
 
-def is_new(path, seen):
-    """Whether a file or folder is not in `seen` yet, whatever its name. Adds it."""
+def identity(path):
+    """Equal for two names of one file or folder. Raises OSError."""
     status = os.stat(path)
     if status.st_ino:
-        identity = status.st_dev, status.st_ino
-    else:  # a file system without identities
-        identity = os.path.realpath(path)
+        return status.st_dev, status.st_ino
+    return os.path.realpath(path)  # a file system without numbers
 
-    new = identity not in seen
-    seen.add(identity)
-    return new
+
+def identities_above(folder):
+    """The identities of all folders above a folder."""
+    above = set()
+    path = os.path.realpath(folder)
+    while os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+        above.add(identity(path))
+    return above
 
 
 def list_folder(folder, seen):
-    """list_source for a folder. Folders that links lead to come last, under the link's name."""
+    """list_source for a folder. Folders that links lead to come last, under the link's name.
+
+    Links that lead out of the folder are followed, but not to a folder above it.
+    """
+    above = identities_above(folder)
     folders = deque([folder])
     while folders:
         here = folders.pop()
         try:
-            if not is_new(here, seen):
+            this = identity(here)
+            if this in seen or this in above:
                 yield here, "second name of a folder: its files are used once"
                 continue
+            seen.add(this)
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as error:
             yield here, f"unreadable folder: {error.strerror}"
@@ -354,9 +365,11 @@ def list_archive(archive, seen):
     """list_source for an archive. Its files have paths as if it were a folder without a suffix."""
     open_archive = ARCHIVES.get(suffix_of(archive), list_zip)  # a program can be a .zip archive
     try:
-        if not is_new(archive, seen):
+        this = identity(archive)
+        if this in seen:
             yield archive, "second name of an archive: its files are used once"
             return
+        seen.add(this)
         entries = open_archive(archive)
     except Exception as error:  # a damaged directory makes zipfile raise almost anything
         say(f"{archive} cannot be read: its images are left out ({error})")

@@ -385,6 +385,7 @@ def check_no_frame_twice(pack, n):
 LINKS = {
     "to itself": {"photos/self": "."},
     "to its parent, twice": {"photos/up": "..", "photos/also up": ".."},
+    "out of the source": {"photos/home": "../..", "photos/trip/also": ".."},
     "a second name": {"a second name": "photos", "photos/third": "../photos/trip"},
     "names in a circle": {"photos/trip/round": "../other", "photos/other/and round": "../trip"},
 }
@@ -393,6 +394,7 @@ LINKS = {
 @pytest.mark.parametrize("links", LINKS.values(), ids=LINKS)
 @pytest.mark.parametrize("words", [[], ["--duplicates", 0]], ids=["as usual", "with duplicates"])
 def test_a_folder_is_used_once_whatever_links_lead_to_it(links, words, tmp_path):
+    write_tree(tmp_path, streets(3, 90, "not mine/{}.jpg"))
     home = write_tree(tmp_path / "in", streets(20, name="photos/trip/{}.jpg") | streets(20, 20, "photos/other/{}.jpg"))
     for link, target in links.items():
         (home / link).symlink_to(target, target_is_directory=True)
