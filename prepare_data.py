@@ -44,7 +44,8 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Gaudi's plugin is not needed here
+if __name__ == "__main__":  # torch reads it when it is imported
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Gaudi's plugin is not needed
 
 import numpy as np
 import torch
