@@ -533,6 +533,20 @@ def guess_sizes(network, weights):
     return dict(sizes, image_size=2 ** (len(shapes) + 1), nc=nc, kernel_size=kernel_size)
 
 
+def read_sizes(path):
+    """The options in SIZES that fit the networks in a file, if it tells them. Raises InputError."""
+    content = load_file(path)
+    if "sizes" in content:
+        return content["sizes"]
+    try:
+        sizes = guess_sizes(Generator, find_weights(content, G_NAMES))
+    except (AttributeError, LookupError, ValueError) as error:
+        raise InputError(f"{path} holds no DCGAN generator ({one_line(error)})") from error
+    with suppress(AttributeError, LookupError, ValueError):  # it may have no discriminator
+        sizes.update(guess_sizes(Discriminator, find_weights(content, D_NAMES)))
+    return {name: sizes[name] for name in SIZES if name in sizes}
+
+
 def rebuild(network, content, names, path):
     """The Generator or Discriminator in a file's content, on the CPU, in eval mode, in float32.
 

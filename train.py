@@ -49,9 +49,8 @@ from torchvision.utils import make_grid, save_image
 
 from model import (  # isort: skip
     D_NAMES, DEVICES, G_NAMES, IMAGE_SIZES, NAIVE, PRESETS, SIZES, Discriminator, Generator,
-    InputError, Score, choose_device, cut_windows, find_checkpoint, guess_sizes, find_weights,
-    handling, init_weights, latents, load_file, one_line, rebuild, render, run_script, say,
-    spread_windows, warn)
+    InputError, Score, choose_device, cut_windows, find_checkpoint, handling, init_weights, latents,
+    load_file, one_line, read_sizes, rebuild, render, run_script, say, spread_windows, warn)
 from prepare_data import find_pack, open_pack
 
 
@@ -1056,7 +1055,7 @@ def parse_args(argv=None, data_options=None):
             raise InputError(f"--preset {preset}: {out} is a run of {saved['preset']}. "
                              "Name another --out")
     elif "init" in typed:
-        saved = read_sizes(typed)
+        saved = fit_networks(typed)
 
     options = dict.fromkeys(NAIVE) | DEFAULTS | PRESETS.get(preset, {}) | follows | saved | typed
     return argparse.Namespace(**options | dict(out=out))
@@ -1079,23 +1078,15 @@ def read_args(out):
                          "delete it, and type the run's options once more") from error
 
 
-def read_sizes(typed):
+def fit_networks(typed):
     """The sizes of the networks that --init names. Raises InputError if others were typed."""
     path = find_checkpoint(typed["init"], "best.pt", "checkpoint.pt")
-    content = load_file(path)
-    sizes = content.get("sizes")
-    if sizes is None:
-        try:
-            sizes = guess_sizes(Generator, find_weights(content, G_NAMES))
-            with suppress(AttributeError, LookupError, ValueError):
-                sizes.update(guess_sizes(Discriminator, find_weights(content, D_NAMES)))
-        except (AttributeError, LookupError, ValueError) as error:
-            raise InputError(f"{path} holds no DCGAN generator ({one_line(error)})") from error
+    sizes = read_sizes(path)
     for name, size in sizes.items():
         if typed.get(name, size) != size:
             raise InputError(f"{flag(name)} {typed[name]}: {path} has {flag(name)} {size}. "
                              "Leave it out")
-    return {name: sizes[name] for name in SIZES if name in sizes}
+    return sizes
 
 
 # ---- the program ---------------------------------------------------------------------------------
