@@ -107,7 +107,8 @@ def reduce_colours(images):
 
     One palette for each frame would take 20 times as long.
     """
-    some = [image.reduce(2) for image in images[::math.ceil(len(images) / 16)]]
+    step = math.ceil(len(images) / 16)
+    some = [image.reduce(2) for image in images[::step]]
     width, height = some[0].size
     together = Image.new("RGB", (width, height * len(some)))
     for i, image in enumerate(some):
@@ -127,7 +128,7 @@ def save_frames(images, folder):
 
     replaced = len(before & written)
     others = len(before - written)
-    kept = f"; {others} other PNGs were there before" if others else ""
+    kept = f"; other PNGs from before: {others}" if others else ""
     return f", {replaced} replaced{kept}"
 
 

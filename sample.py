@@ -56,7 +56,7 @@ from model import (
     seed_list,
     spread_windows,
 )
-from prepare_data import TEXT, open_pack, progress
+from prepare_data import TEXT, count, open_pack, progress
 
 MAX_SHEET = 89_000_000  # pixels: above it, PIL and many viewers refuse to open an image
 MAX_WEBP = 16_383       # pixels on a side: the format's limit
@@ -73,7 +73,7 @@ def save_grid(G, latent, args):
 
     pictures = render(G, latents(args.seeds, G.nz, latent), scale)
     sheet = join(pictures, columns=math.ceil(n ** 0.5))
-    save_sheet(sheet, args.out or Path("samples.png"), f"{n:,} pictures")
+    save_sheet(sheet, args.out or Path("samples.png"), count(n, "picture"))
 
 
 def default_scale(G):
@@ -154,8 +154,8 @@ def save_pngs(draw, seeds, folder):
     seeds = list(dict.fromkeys(seeds))  # each once
     batches = [seeds[i:i + 64] for i in range(0, len(seeds), 64)]
 
-    with ThreadPoolExecutor() as threads:
-        for batch in progress(batches, len(batches), "batches"):
+    with ThreadPoolExecutor() as threads, progress(batches, len(batches), "batches") as steps:
+        for batch in steps:
             pictures = draw(batch).permute(0, 2, 3, 1).numpy()
             jobs = []
             for seed, picture in zip(batch, pictures):
@@ -167,8 +167,8 @@ def save_pngs(draw, seeds, folder):
 
     replaced = len(before & written)
     others = len(before - written)
-    kept = f"; {others:,} other PNGs were there before" if others else ""
-    say(f"{folder}: {len(written):,} pictures ({replaced:,} replaced{kept})")
+    kept = f"; other PNGs from before: {others:,}" if others else ""
+    say(f"{folder}: {count(len(written), 'picture')} ({replaced:,} replaced{kept})")
 
 
 # ---- a page --------------------------------------------------------------------------------------
@@ -201,7 +201,8 @@ def save_page(G, latent, args):
     replaced = ", replaced" if args.out.exists() else ""
     make_folder(args.out.parent)
     args.out.write_text(page, encoding="utf-8")
-    say(f"{args.out}: {n:,} pictures ({len(page) / 1000:,.0f} KB{replaced}). Open it in a browser")
+    size = f"{len(page) / 1000:,.0f} KB"
+    say(f"{args.out}: {count(n, 'picture')} ({size}{replaced}). Open it in a browser")
 
 
 # A large picture with its seed, all pictures, and a list of the seeds that were pressed.
@@ -419,7 +420,8 @@ def save_arithmetic(G, latent, args):
     headings[0] = headings[0].removeprefix("+ ")
 
     gap = torch.zeros(0, G.nz)
-    noise = torch.rand(3, 3, G.nz, generator=torch.Generator().manual_seed(0)) / 2 - 0.25
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(3, 3, G.nz, generator=generator) / 2 - 0.25
     noise[1, 1] = 0
     columns += [gap, *(combine(args.arithmetic, G.nz, latent) + noise)]
     headings += ["", "", "= the sum, amid noise", ""]
@@ -467,7 +469,8 @@ def nearest_windows(path, images):
     starts = range(0, N, n)
     for start in progress(starts, len(starts), "blocks"):
         block = np.load(path, mmap_mode="r")[start:start + n].copy()  # mapped anew to free pages
-        frames = torch.from_numpy(block).to(images.device).permute(0, 3, 1, 2) / 127.5 - 1
+        frames = torch.from_numpy(block).to(images.device)
+        frames = frames.permute(0, 3, 1, 2) / 127.5 - 1
 
         for view in views(frames):
             differences = window_differences(F.avg_pool2d(view, k), queries)
@@ -475,10 +478,12 @@ def nearest_windows(path, images):
             least = least.cpu()
             for q in (least < best).nonzero().flatten():
                 frame, y, x = torch.unravel_index(places[q].cpu(), differences.shape[1:])
-                nearest[q] = view[frame, :, k * y:k * y + S, k * x:k * x + S]
+                right_and_below = view[frame, :, k * y:, k * x:]
+                nearest[q] = right_and_below[:, :S, :S]
             best = torch.minimum(best, least)
 
-    distances = (F.avg_pool2d(nearest, k) - queries.cpu()).square().mean((1, 2, 3)).sqrt()
+    differences = F.avg_pool2d(nearest, k) - queries.cpu()
+    distances = differences.square().mean((1, 2, 3)).sqrt()
     return 127.5 * distances, nearest
 
 
