@@ -229,7 +229,7 @@ PAGE = """\
   p { margin: 0 0 1rem; color: var(--soft); }
   button, input { font: inherit; color: inherit; background: none;
                   border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .9rem; }
-  button { cursor: pointer; }
+  button { cursor: pointer; -webkit-tap-highlight-color: transparent; }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
   [aria-pressed=true], #copy { background: var(--accent); color: var(--on-accent);
                                border-color: var(--accent); }
@@ -416,7 +416,7 @@ def save_arithmetic(G, latent, args):
     for sign, seeds in args.arithmetic:
         mean = combine([("+", seeds)], G.nz, latent)
         columns.append(torch.cat([latents(seeds, G.nz, latent), mean]))
-        headings.append(f"{sign} {shorten(seeds)}".replace("-", "−"))
+        headings.append(f"{sign} {shorten(seeds)}")
     headings[0] = headings[0].removeprefix("+ ")
 
     gap = torch.zeros(0, G.nz)

@@ -88,6 +88,9 @@ class Browser:
         self.ask("POST", "/actions", actions=[{"type": "key", "id": "keys", "actions": actions}])
 
     def look(self, selector):
-        """A PIL image of what an element shows on the screen."""
-        shot = self.ask("GET", f"/element/{self.find(selector)}/screenshot")
+        """A PIL image of what an element shows on the screen, after it was painted there."""
+        element = self.find(selector)
+        self.run("return new Promise(done => requestAnimationFrame(() => "
+                 "requestAnimationFrame(() => done(true))))")
+        shot = self.ask("GET", f"/element/{element}/screenshot")
         return Image.open(io.BytesIO(base64.b64decode(shot))).convert("RGB")
