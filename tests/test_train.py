@@ -498,13 +498,14 @@ def test_an_epoch_has_every_frame_at_most_once_and_is_the_same_from_any_step(spl
 def test_reading_ahead_takes_two_threads_and_no_openmp_team():
     """An OpenMP team of the reader's own waits busily after each batch, and slows the training step by a third."""
     code = """
-import os, numpy, torch, train
+import os, time, numpy, torch, train
 torch.set_num_threads(4)
 torch.ones(1 << 20).add_(1)  # starts the OpenMP threads of the training step
 before = len(os.listdir("/proc/self/task"))
 stream = train.batches(numpy.zeros((640, 80, 106, 3), numpy.uint8), 64, (0, 0))
 for _ in range(25):
     next(stream)
+time.sleep(1)  # four more threads copy a stretch, and end
 print(len(os.listdir("/proc/self/task")) - before, flush=True)
 os._exit(0)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -592,7 +593,7 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
             ([*tiny, "--image-size", 64], "is a pack for --image-size 32"),
             ([*tiny, "--data", "nowhere"], "nowhere"),
             ([*tiny, "--data", tmp_path / "a file"], "a file"),
-            ([*tiny, "--data", trained], "it is a run"),
+            ([*tiny, "--data", trained], f"{trained} is a run: --data wants photographs or a pack"),
             ([*tiny, "--data", tmp_path / "other"], "no images"),
             ([*tiny, "--out", trained], "--resume"),
             ([*tiny, "--out", tmp_path / "a file"], "a file is a file. Name a folder"),
