@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import urllib.error
 import urllib.request
 
 from PIL import Image
@@ -62,8 +63,12 @@ class Browser:
         data = json.dumps(words).encode() if method == "POST" else None
         request = urllib.request.Request(self.url + path, data, method=method,
                                          headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            reason = json.load(error)["value"]["message"]
+            raise AssertionError(f"{method} {path} {words}: {reason}") from error
 
     def open(self, path):
         self.ask("POST", "/url", url=path.resolve().as_uri())
