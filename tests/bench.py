@@ -39,7 +39,16 @@ from torchvision.datasets import ImageFolder
 
 import prepare_data
 import train
-from model import Discriminator, Generator, InputError, Score, init_weights, load_file, load_generator, run_script
+from model import (
+    Discriminator,
+    Generator,
+    InputError,
+    Score,
+    init_weights,
+    load_file,
+    load_generator,
+    run_script,
+)
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 NORMALIZE = [T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)]

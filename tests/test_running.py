@@ -11,7 +11,18 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, TINY, Training, command, content, new_process, run, same, scalars, torchrun
+from helpers import (
+    ROOT,
+    TINY,
+    Training,
+    command,
+    content,
+    new_process,
+    run,
+    same,
+    scalars,
+    torchrun,
+)
 
 sys.path.insert(0, str(ROOT))
 

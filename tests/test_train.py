@@ -20,7 +20,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, STATS, TINY, Training, command, content, new_process, run, same, scalars, torchrun
+from helpers import (
+    ROOT,
+    STATS,
+    TINY,
+    Training,
+    command,
+    content,
+    new_process,
+    run,
+    same,
+    scalars,
+    torchrun,
+)
 
 sys.path.insert(0, str(ROOT))
 
