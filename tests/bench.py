@@ -68,7 +68,8 @@ def print_header(*cells):
 
 
 def compare(what, ours, theirs, goal):
-    print_row(what, f"{ours:,.0f} images/s", f"{theirs:,.0f} images/s", f"{ours / theirs:.2f}×", goal)
+    rates = f"{ours:,.0f} images/s", f"{theirs:,.0f} images/s"
+    print_row(what, *rates, f"{ours / theirs:.2f}×", goal)
 
 
 def script(name, *words):
@@ -303,8 +304,9 @@ def measure_modes(modes, seconds, words, trace=None):
         figures = dict(
             preset=training.args.preset,
             mode="+".join(options) or "plain",
-            device=f"{training.ranks.world} × {device_name(training.device.kind)}",
-            batch=f"{training.ranks.world} × {training.args.batch_size}",
+            world=training.ranks.world,
+            device=device_name(training.device.kind),
+            batch=training.args.batch_size,
             precision=training.device.precision,
             images_s=images_s,
             waiting=waiting,
@@ -375,8 +377,8 @@ def trace_steps(training, path, steps=10):
 
 def print_profile(took, kernels):
     busy = sum(seconds for *_, seconds in kernels)
-    print(f"\nTen steps took {took * 1e3:.1f} ms. {len(kernels)} kernels filled {busy / took:.0%} of "
-          "this time. The longest:\n")
+    print(f"\nTen steps took {took * 1e3:.1f} ms. {len(kernels)} kernels filled "
+          f"{busy / took:.0%} of this time. The longest:\n")
     print_header("kernel", "calls a step", "ms a step", "of all kernels")
     for name, calls, seconds in kernels[:15]:
         name = name.replace("|", "/")
@@ -391,8 +393,8 @@ def print_steps(rows, price):
         cells = {
             "preset": row["preset"],
             "options": row["mode"],
-            "device": row["device"],
-            "batch": row["batch"],
+            "device": f"{row['world']} × {row['device']}",
+            "batch": f"{row['world']} × {row['batch']}",
             "precision": row["precision"],
             "images/s": f"{row['images_s']:,.0f}",
             "images/hour": f"{images_hour:,.0f}",
@@ -558,7 +560,7 @@ def measure_gpu(folder, seconds, minutes, n_frames, trace, words):
             if (preset, batch) == ("naive-64", 128):
                 of_plain = f"{figures['images_s'] / plain:.2f}×"
                 of_plain += " (2.5×)" if mode == "graph+compile" else ""
-            print_row(preset, batch, mode, f"{figures['images_s']:,.0f}", of_plain,
+            print_row(preset, figures["batch"], mode, f"{figures['images_s']:,.0f}", of_plain,
                       f"{figures['tflops'] / matrix:.1%}{goal}", f"{figures['waiting']:.1%}",
                       gigabytes(figures["memory"]), f"{figures['start']:.1f} s")
     print("\nGoals are in brackets. The goal for waiting is below 2%.")
@@ -812,7 +814,8 @@ def make_parser():
     add("--trace", type=Path, metavar="FILE", help="with --step or --gpu: trace ten steps. Open "
         "FILE (.json or .json.gz) with ui.perfetto.dev")
     add("--gpu", action="store_true", help="measure an NVIDIA GPU: presets, --graph, --compile")
-    add("--minutes", type=float, default=5.5, help="for --gpu: no new rows after them (default: 5.5)")
+    add("--minutes", type=float, default=5.5,
+        help="for --gpu: no new rows after them (default: 5.5)")
     add("--frames", type=int, default=100_000, help="for --gpu: frames of its pack "
         "(default: 100000; a fifth of them at 128 pixels)")
     return parser
