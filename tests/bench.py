@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -646,21 +647,29 @@ def cutting_rate(pack, seconds):
     return 128 * rate((train.cut_windows(batch, 64) for batch in batches), seconds)
 
 
-def reading_rate(pack, seconds, batch_size=1024):
-    """Images/s of batches from the pack."""
+def reading_rate(pack, batch_size=1024):
+    """Images/s of batches, in one pass over the pack."""
     frames = prepare_data.open_pack(pack).train
-    return batch_size * rate(train.batches(frames, batch_size, (0, 0)), seconds)
+    steps = train.cut_stretches(frames, batch_size)[1]
+    began = time.perf_counter()
+    for _ in itertools.islice(train.batches(frames, batch_size, (0, 0)), steps):
+        pass
+    return steps * batch_size / (time.perf_counter() - began)
 
 
 def gathering_rates(seconds, batch_size=1024):
-    """Images/s of one core that gathers batches: train.gather's, and into new memory."""
+    """Images/s of one core that gathers batches: train.gather's, and into new memory.
+
+    Both keep as many batches as train.py does: a single one would stay in the processor's cache.
+    """
     H, W = prepare_data.frame_size(64)
     random = np.random.default_rng(0)
     stretch = random.integers(0, 256, (10_240, H, W, 3), np.uint8)
     rows = random.permutation(len(stretch)).reshape(-1, batch_size)
     batches = train.gather(itertools.repeat((stretch, rows)), (batch_size, H, W, 3), pin=False)
     ours = batch_size * rate(batches, seconds, 10)
-    plain = (torch.from_numpy(stretch[row]) for row in itertools.cycle(rows))
+    kept = deque(maxlen=train.READ_AHEAD + train.KEPT)
+    plain = (kept.append(torch.from_numpy(stretch[row])) for row in itertools.cycle(rows))
     return ours, batch_size * rate(plain, seconds, 10)
 
 
@@ -764,9 +773,9 @@ def compare_rates(folder, share):
             *gathering_rates(share), "–")
     pack = make_pack(folder / "large", 40_000 * share)
     frame = np.prod(prepare_data.frame_size(64)) * 3  # bytes
-    in_memory = reading_rate(pack, share)
+    in_memory = reading_rate(pack)
     forget(pack / "train.npy")
-    reading = reading_rate(pack, share)
+    reading = reading_rate(pack)
     forget(pack / "train.npy")
     disk = disk_rate(pack / "train.npy", share) / frame
     compare(f"batches of 1,024 from a pack on disk, page cache empty (full: {in_memory:,.0f}); "

@@ -2,7 +2,7 @@
 
     TEST_GPU_DEVICE=cpu python -m pytest tests/test_gpu.py
 
-The first tests are the most important ones. A test that takes longer than 120 s fails. After
+The first tests are the most important ones. A test of more than 120 s on a GPU fails. After
 TEST_GPU_MINUTES (default: 6) the tests that are left are skipped, so that bench.py --gpu has its
 part of a quarter of an hour.
 """
@@ -35,7 +35,7 @@ import train
 
 DEVICE = os.environ.get("TEST_GPU_DEVICE", "cuda")
 GPUS = torch.cuda.device_count()
-LIMIT = 120  # seconds of a test
+LIMIT = 120 if DEVICE == "cuda" else 600  # seconds of a test
 MINUTES = float(os.environ.get("TEST_GPU_MINUTES", 6))
 pytestmark = pytest.mark.skipif(
     DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
