@@ -430,8 +430,9 @@ def use_once(kind, local_rank):
         except ModuleNotFoundError:
             raise ImportError("the plugin habana_frameworks is not installed "
                               "(docs.habana.ai, Installation Guide)") from None
-        if not torch.hpu.get_device_name():  # acquires it: is_available() counts busy cards too
+        if not torch.hpu.is_available():  # it counts busy cards too
             raise RuntimeError("torch.hpu finds no Gaudi card")
+        torch.hpu.get_device_name()  # acquires one
     elif kind == "cpu":
         limit_threads()
     else:
@@ -532,6 +533,20 @@ def guess_sizes(network, weights):
     return dict(sizes, image_size=2 ** (len(shapes) + 1), nc=nc, kernel_size=kernel_size)
 
 
+def read_sizes(path):
+    """The options in SIZES that fit the networks in a file, if it tells them. Raises InputError."""
+    content = load_file(path)
+    if "sizes" in content:
+        return content["sizes"]
+    try:
+        sizes = guess_sizes(Generator, find_weights(content, G_NAMES))
+    except (AttributeError, LookupError, ValueError) as error:
+        raise InputError(f"{path} holds no DCGAN generator ({one_line(error)})") from error
+    with suppress(AttributeError, LookupError, ValueError):  # it may have no discriminator
+        sizes.update(guess_sizes(Discriminator, find_weights(content, D_NAMES)))
+    return {name: sizes[name] for name in SIZES if name in sizes}
+
+
 def rebuild(network, content, names, path):
     """The Generator or Discriminator in a file's content, on the CPU, in eval mode, in float32.
 
@@ -586,8 +601,21 @@ def seed_list(text):
             raise ArgumentTypeError(f"{span} descends: write {last}-{first}")
         if last >= 2 ** 63:
             raise ArgumentTypeError(f"{span} is too large: seeds are below 2^63")
+        if last - first >= 10_000_000:
+            raise ArgumentTypeError(f"{span} has more than 10,000,000 seeds")
         seeds += range(first, last + 1)
     return seeds
+
+
+def make_folder(folder):
+    """Make a folder and those above it, unless they exist. Raises InputError."""
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise InputError(f"{path} is a file, not a folder: choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
 
 
 def one_line(error):

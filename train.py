@@ -49,9 +49,8 @@ from torchvision.utils import make_grid, save_image
 
 from model import (  # isort: skip
     D_NAMES, DEVICES, G_NAMES, IMAGE_SIZES, NAIVE, PRESETS, SIZES, Discriminator, Generator,
-    InputError, Score, choose_device, cut_windows, find_checkpoint, guess_sizes, find_weights,
-    handling, init_weights, latents, load_file, one_line, rebuild, render, run_script, say,
-    spread_windows, warn)
+    InputError, Score, choose_device, cut_windows, find_checkpoint, handling, init_weights, latents,
+    load_file, one_line, read_sizes, rebuild, render, run_script, say, spread_windows, warn)
 from prepare_data import find_pack, open_pack
 
 
@@ -692,7 +691,12 @@ def find_run(args):
 
 def restore(dcgan, path, pack):
     """Continue from a checkpoint: (images, scores). Raises InputError if it does not fit."""
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except InputError as error:
+        best = path.with_name("best.pt")
+        hint = f". Start a new run from the best: --init {best} --out NEW" if best.exists() else ""
+        raise InputError(f"{error}{hint}") from error
     if not {"sizes", "pack", "step", "images", "scores"} <= saved.keys():
         raise InputError(f"{path} is not a checkpoint of this train.py: name another --out")
     run = path.parent
@@ -935,7 +939,8 @@ class Reporter:
             self.log(step, images, stats, waited)
         if stats and images != self.saved:
             self.save(step, images, draw=not signum)
-        self.board.close()
+        with suppress(OSError):
+            self.board.close()
         again = f"python train.py --resume --out {shlex.quote(str(self.out))}"
         if signum:
             say(f"stopped and saved at image {images:,}; go on with: {again}")
@@ -1016,7 +1021,8 @@ def preset_table():
     lines = ["presets:"]
     for preset, values in PRESETS.items():
         words = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items())
-        lines += textwrap.wrap(f"{preset}: {words}", 78, subsequent_indent="    ")
+        lines += textwrap.wrap(
+            f"{preset}: {words}", 78, subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -1049,7 +1055,7 @@ def parse_args(argv=None, data_options=None):
             raise InputError(f"--preset {preset}: {out} is a run of {saved['preset']}. "
                              "Name another --out")
     elif "init" in typed:
-        saved = read_sizes(typed)
+        saved = fit_networks(typed)
 
     options = dict.fromkeys(NAIVE) | DEFAULTS | PRESETS.get(preset, {}) | follows | saved | typed
     return argparse.Namespace(**options | dict(out=out))
@@ -1072,23 +1078,15 @@ def read_args(out):
                          "delete it, and type the run's options once more") from error
 
 
-def read_sizes(typed):
+def fit_networks(typed):
     """The sizes of the networks that --init names. Raises InputError if others were typed."""
     path = find_checkpoint(typed["init"], "best.pt", "checkpoint.pt")
-    content = load_file(path)
-    sizes = content.get("sizes")
-    if sizes is None:
-        try:
-            sizes = guess_sizes(Generator, find_weights(content, G_NAMES))
-            with suppress(AttributeError, LookupError, ValueError):
-                sizes.update(guess_sizes(Discriminator, find_weights(content, D_NAMES)))
-        except (AttributeError, LookupError, ValueError) as error:
-            raise InputError(f"{path} holds no DCGAN generator ({one_line(error)})") from error
+    sizes = read_sizes(path)
     for name, size in sizes.items():
         if typed.get(name, size) != size:
             raise InputError(f"{flag(name)} {typed[name]}: {path} has {flag(name)} {size}. "
                              "Leave it out")
-    return {name: sizes[name] for name in SIZES if name in sizes}
+    return sizes
 
 
 # ---- the program ---------------------------------------------------------------------------------

@@ -3,15 +3,20 @@ import csv
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import struct
 import sys
+import tarfile
 import time
+import warnings
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, TINY, Fork, command, new_process, run
 from PIL import Image
 
@@ -51,6 +56,20 @@ def write_zip(path, files, method=zipfile.ZIP_DEFLATED):
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
+    return path
+
+
+def write_tar(path, files, links=()):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+        for name in links:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = tarfile.SYMTYPE, links[name]
+            archive.addfile(entry)
     return path
 
 
@@ -152,8 +171,7 @@ def test_exclude_and_cities_choose_images_and_panoramas_are_left_out_by_default(
 def test_images_without_metadata_are_counted_and_a_limit_samples_all_cities(msls, tmp_path):
     images = {name: data for name, data in msls.items() if name.endswith(".jpg")}
     text = run(*PREPARE, write_tree(tmp_path / "in", images), tmp_path / "out", "--limit", 50).stdout
-    line = next(line for line in text.splitlines() if "no sequence" in line)
-    assert line.startswith("80 images") and "both splits" in line and "msls_metadata.zip" in line
+    assert "80 images of MSLS without metadata (add msls_metadata.zip)" in text and "both splits" in text
     index = rows(tmp_path / "out" / "index.csv")
     assert len(index) == len({row["sequence"] for row in index}) == 50
     assert {row["city"] for row in index} == {"paris", "zurich"}
@@ -200,8 +218,8 @@ def test_a_cut_volume_is_named_and_its_images_are_counted_as_missing(msls, tmp_p
     os.truncate(volume, volume.stat().st_size - 100)
     text = run(*PREPARE, tmp_path / "in", tmp_path / "out").stdout
     assert f"{volume} cannot be read" in text and "msls_metadata.zip: 6 files" in text
-    assert "paris: 40 of 40 listed images are missing" in text and "zurich: " not in text.split(" GB")[0]
-    assert reasons(tmp_path / "out")["msls_images_vol_1.zip"].startswith("unreadable archive")
+    assert "paris: 40 of 40 listed images are missing" in text and "zurich: " not in text.split(" at most")[0]
+    assert reasons(tmp_path / "out")["in/msls_images_vol_1.zip"].startswith("unreadable archive")
     assert {row["city"] for row in rows(tmp_path / "out" / "index.csv")} == {"zurich"}
 
 
@@ -254,7 +272,11 @@ def test_every_kind_of_picture_becomes_the_right_frame(tmp_path):
         "portrait/tall.bmp": encode(image.resize((90, 300)), "BMP"), "really a png.jpg": encode(image, "PNG"),
         "bytes \udcff\udcfe.jpg": encode(image), "two\r\nlines, a \"quote\".jpg": encode(image),
     }
-    run(*PREPARE, write_tree(tmp_path / "in", pictures), tmp_path / "out", "--holdout", 0)
+    pictures |= {"phone.jpe": encode(image), "phone.JFIF": encode(image)}
+    for suffix, kind in (("mpo", "MPO"), ("apng", "PNG"), ("gif", "GIF")):
+        pictures[f"phone.{suffix}"] = encode(image, kind, save_all=True, append_images=[image.rotate(180)])
+    words = "--holdout", 0, "--duplicates", 0
+    run(*PREPARE, write_tree(tmp_path / "in", pictures), tmp_path / "out", *words)
     index = rows(tmp_path / "out" / "index.csv")
     assert {row["source file"] for row in index} == {f"in/{name}" for name in pictures}
     assert reasons(tmp_path / "out") == {}
@@ -329,6 +351,300 @@ def test_entries_of_any_archive_become_frames_or_reasons(file, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}, "nothing is extracted"
 
 
+def test_a_tar_archive_is_read_like_a_folder(packed, msls, tmp_path):
+    images = streets(8, name="./photos/Bath/{}.jpg") | {"/abs.jpg": encode(street(20)), "../up.jpg": encode(street(21))}
+    write_tar(tmp_path / "in" / "photos.tar", images, links={"photos/link.jpg": "Bath/0.jpg"})
+    (tmp_path / "in" / "cut.tar").write_bytes((tmp_path / "in" / "photos.tar").read_bytes()[:5000])
+    text = run(*PREPARE, tmp_path / "in", tmp_path / "out").stdout
+    assert len(rows(tmp_path / "out" / "index.csv")) == 10 and "cut.tar cannot be read" in text
+    why = reasons(tmp_path / "out")
+    assert set(why) == {"in/photos/photos/link.jpg", "in/cut.tar"} and "link" in why["in/photos/photos/link.jpg"]
+    data = bytearray((tmp_path / "in" / "photos.tar").read_bytes())
+    data[data.find(b"./photos/Bath/5.jpg") + 150] ^= 1  # in a header's checksum
+    (tmp_path / "damaged.tar").write_bytes(data)
+    stderr = run(*PREPARE, tmp_path / "damaged.tar", tmp_path / "no", status=2).stderr
+    assert "damaged.tar: unreadable archive: damaged after 5 files" in stderr, "tarfile takes this for the end"
+    write_tar(tmp_path / "msls.tar", {f"./{name}": data for name, data in msls.items()})
+    run(*PREPARE, tmp_path / "msls.tar", tmp_path / "msls")
+    assert contents(tmp_path / "msls") == contents(packed[0])
+
+
+# ---- no frame twice -------------------------------------------------------------------------------------------------
+
+def frames_in(pack, split):
+    return {frame.tobytes() for frame in getattr(open_pack(pack), split)}
+
+
+def check_no_frame_twice(pack, n):
+    """The pack has n frames, all different, some of them held out."""
+    train, holdout = frames_in(pack, "train"), frames_in(pack, "holdout")
+    assert holdout and not train & holdout
+    assert len(train) + len(holdout) == len(rows(pack / "index.csv")) == n
+
+
+LINKS = {
+    "to itself": {"photos/self": "."},
+    "to its parent, twice": {"photos/up": "..", "photos/also up": ".."},
+    "out of the source": {"photos/home": "../..", "photos/trip/also": ".."},
+    "a second name": {"a second name": "photos", "photos/third": "../photos/trip"},
+    "names in a circle": {"photos/trip/round": "../other", "photos/other/and round": "../trip"},
+}
+
+
+@pytest.mark.parametrize("links", LINKS.values(), ids=LINKS)
+@pytest.mark.parametrize("words", [[], ["--duplicates", 0]], ids=["as usual", "with duplicates"])
+def test_a_folder_is_used_once_whatever_links_lead_to_it(links, words, tmp_path):
+    write_tree(tmp_path, streets(3, 90, "not mine/{}.jpg"))
+    home = write_tree(tmp_path / "in", streets(20, name="photos/trip/{}.jpg") | streets(20, 20, "photos/other/{}.jpg"))
+    for link, target in links.items():
+        (home / link).symlink_to(target, target_is_directory=True)
+    run(*PREPARE, home, tmp_path / "out", *words)
+    check_no_frame_twice(tmp_path / "out", 40)
+    assert "second name of a folder" in "".join(reasons(tmp_path / "out").values())
+    assert {row["source file"].split("/")[1] for row in rows(tmp_path / "out" / "index.csv")} == {"photos"}
+
+
+def test_a_linked_split_of_msls_is_used_once(msls, tmp_path):
+    """VPR-datasets-downloader links test to val."""
+    home = write_tree(tmp_path / "in", {f"images/val/{n}.jpg": data for n, data in enumerate(msls.values())
+                                        if data[:2] == b"\xff\xd8"})
+    (home / "images" / "test").symlink_to("val")
+    run(*PREPARE, home, tmp_path / "out", "--duplicates", 0)
+    check_no_frame_twice(tmp_path / "out", 80)
+
+
+@pytest.mark.parametrize("folder", [".ipynb_checkpoints", ".Trash-1000/files", "trip/@eaDir/0.jpg", "__MACOSX",
+                                    "#recycle", "$RECYCLE.BIN/S-1-5", ".thumbnails", "trip/@EADIR"])
+@pytest.mark.parametrize("source", ["folder", "zip", "tar"])
+def test_copies_that_tools_make_are_left_out(folder, source, tmp_path):
+    """Thumbnails are not the same pictures, byte for byte."""
+    photos = streets(40, name="trip/{}.jpg")
+    copies = {f"{folder}/{i}-copy.jpg": encode(street(i), quality=50) for i in range(40)}
+    everything = photos | copies | {"trip/._0.jpg": b"Apple's double"}
+    if source == "folder":
+        home = write_tree(tmp_path / "in", everything)
+    else:
+        home = tmp_path / f"in.{source}"
+        {"zip": write_zip, "tar": write_tar}[source](home, everything)
+    run(*PREPARE, home, tmp_path / "out")
+    check_no_frame_twice(tmp_path / "out", 40)
+    why = set(reasons(tmp_path / "out").values())
+    assert len(why) == 1 and why.pop().startswith("hidden")
+
+
+def test_the_same_pictures_in_another_folder_or_archive_are_left_out(tmp_path):
+    photos = streets(40, name="{}.jpg")
+    write_tree(tmp_path / "in" / "a", photos)
+    write_tree(tmp_path / "in" / "copy of a", {f"copy of {name}": data for name, data in photos.items()})
+    write_zip(tmp_path / "in" / "backup.zip", photos)
+    (tmp_path / "in" / "again.zip").symlink_to("backup.zip")
+    texts = [run("prepare_data.py", "--image-size", 32, "--workers", n, tmp_path / "in", tmp_path / f"out{n}").stdout
+             for n in (1, 3)]
+    check_no_frame_twice(tmp_path / "out1", 40)
+    assert "80 same picture as another file" in texts[0]
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out3"), "which of them is kept is no accident"
+    assert reasons(tmp_path / "out1")["in/backup.zip"].startswith("second name of an archive")
+
+
+def test_sources_that_contain_each_other_are_used_once(tmp_path):
+    home = write_tree(tmp_path / "in", streets(40, name="sub/{}.jpg"))
+    run(*PREPARE, home, home / "sub", home, tmp_path / "out", "--duplicates", 0)
+    check_no_frame_twice(tmp_path / "out", 40)
+
+
+def test_a_folder_that_has_packs_and_runs_gives_its_photographs_alone(tmp_path):
+    home = write_tree(tmp_path / "in", streets(40))
+    run(*PREPARE, home, home / "packs" / "a")
+    write_tree(home / "runs" / "b", {"args.json": b"{}", "checkpoint.pt": b""} | streets(3, 99, "samples/{}.png"))
+    run(*PREPARE, home, tmp_path / "out")
+    check_no_frame_twice(tmp_path / "out", 40)
+    assert reasons(tmp_path / "out") == {"in/packs/a": "a pack: not a source of images",
+                                         "in/runs/b": "a run: not a source of images"}
+    for source, what in ((home / "packs" / "a", "a pack"), (home / "runs" / "b", "a run")):
+        assert f"{source} is {what}" in run(*PREPARE, source, tmp_path / "no", status=2).stderr
+
+
+# ---- paths ----------------------------------------------------------------------------------------------------------
+
+WINDOWS = r"""
+import builtins, ntpath, os
+
+def posix(path):
+    return path.replace("\\", "/").removeprefix("C:") if isinstance(path, str) else path
+
+def emulate(name):
+    original = getattr(os, name)
+    setattr(os, name, lambda path, *args, **kwargs: original(posix(path), *args, **kwargs))
+
+for name in ("stat", "lstat", "scandir", "listdir"):
+    emulate(name)
+original_open = open
+builtins.open = lambda path, *args, **kwargs: original_open(posix(path), *args, **kwargs)
+
+class Path:
+    def __getattr__(self, name):
+        return getattr(ntpath, name)
+
+    def abspath(self, path):
+        return ntpath.normpath("C:" + os.getcwd() + "/" + path if path[0] not in "/" else "C:" + path)
+
+    def isdir(self, path):
+        import stat
+        try:
+            return stat.S_ISDIR(os.stat(path).st_mode)
+        except OSError:
+            return False
+
+    def exists(self, path):
+        try:
+            os.stat(path)
+            return True
+        except OSError:
+            return False
+
+class Windows:
+    path, sep = Path(), "\\"
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+prepare_data.os = Windows()
+"""
+
+
+def test_a_tree_on_windows_gives_the_same_pack(packed, tree, tmp_path):
+    script = changed(tmp_path, WINDOWS)
+    run(script, *PREPARE[1:], tree, tmp_path / "out", "--cities", "paris,zurich")
+    assert contents(tmp_path / "out") == contents(packed[0])
+
+
+def test_backslashes_in_a_zip_are_separators(packed, msls, tmp_path):
+    """PowerShell 5 writes them. Some programs add entries for folders."""
+    entries = {name.replace("/", "\\"): data for name, data in msls.items()}
+    write_zip(tmp_path / "in" / "msls.zip", {"train_val\\": b"", **entries})
+    run(*PREPARE, tmp_path / "in", tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(packed[0])
+
+
+# ---- nothing is ignored in silence ----------------------------------------------------------------------------------
+
+def test_files_that_are_not_read_are_counted_by_suffix_and_listed(tmp_path):
+    other = ["1.heic", "2.HEIC", "3.avif", "clip.mov", "README", "inner.zip", "all.tar.gz", "old.7z", "odd.a b c",
+             "Thumbs.db", "two\nlines.x\ny"]
+    home = write_tree(tmp_path / "in", streets(20) | {name: b"?" for name in other if name != "inner.zip"})
+    write_zip(home / "outer.zip", {"inner.zip": b"PK"} | streets(20, 20))
+    text = run(*PREPARE, home, tmp_path / "out").stdout
+    line = next(line for line in text.splitlines() if line.startswith("ignored: "))
+    assert line.startswith("ignored: ") and "3 other" in line
+    for kind in ("2 .heic (convert them to JPEG)", "1 .avif (convert them to JPEG)", "1 .mov", "1 .zip (extract them)",
+                 "1 .gz (extract them)", "1 .7z (extract them)", "1 .db"):
+        assert kind in line
+    why = reasons(tmp_path / "out")
+    assert set(why) == {f"in/{name}" for name in other if name != "inner.zip"} | {"in/outer/inner.zip"}
+    assert why["in/2.HEIC"] == "ignored: .heic (convert them to JPEG)" and "ignored" in text.split("left out: ")[1]
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"a.png": encode(Image.new("I;16", (90, 90)), "PNG")}, "in/a.png: unreadable image: ValueError: not a photograph: "
+                                                          "90×90 pixels of mode I;16"),
+    ({"a.jpg": b"version https://git-lfs.github.com/spec/v1"}, "it starts with b'version https://'"),
+    ({"a.jpg": b"<!DOCTYPE html>", "b.jpg": encode(street(0))[:600]}, "in/"),
+    ({"a.heic": b"?"}, "in/a.heic: ignored: .heic (convert them to JPEG)"),
+    ({".a/b.jpg": encode(street(0))}, "in/.a: hidden"),
+    ({"clip.mov": b"?"}, "no images to train on: 1 ignored left out. For example in/clip.mov: ignored: .mov"),
+    ({}, "in has no images. Name a folder of .jpg or .png files")])
+def test_if_nothing_can_be_used_the_error_has_one_reason_in_full(files, message, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_tree(tmp_path / "in", files)
+    stderr = run(*PREPARE, tmp_path / "in", tmp_path / "out", status=2).stderr
+    assert message in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1
+
+
+def test_an_encrypted_archive_says_so(tmp_path):
+    data = bytearray(write_zip(tmp_path / "in.zip", streets(3)).read_bytes())
+    for mark, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        for entry in re.finditer(re.escape(mark), bytes(data)):
+            data[entry.start() + flags] |= 1
+    (tmp_path / "in.zip").write_bytes(data)
+    stderr = run(*PREPARE, tmp_path / "in.zip", tmp_path / "out", status=2).stderr
+    assert "3 unreadable image left out. For example in/" in stderr and "encrypted in its archive" in stderr
+
+
+def test_special_files_are_not_opened(tmp_path):
+    """Opening a named pipe waits for a writer."""
+    home = write_tree(tmp_path / "in", streets(20))
+    os.mkfifo(home / "pipe.jpg")
+    os.mkfifo(home / "pipe.zip")
+    (home / "device.png").symlink_to("/dev/zero")
+    (home / "nowhere").symlink_to("missing")
+    (home / "round").symlink_to("round")
+    run(*PREPARE, home, tmp_path / "out", timeout=60)
+    why = reasons(tmp_path / "out")
+    assert set(why) == {f"in/{name}" for name in ("pipe.jpg", "pipe.zip", "device.png", "nowhere", "round")}
+    assert set(why.values()) == {"unreadable image: neither a file nor a folder"}
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+def test_transparency_is_white(tmp_path):
+    """The left half is transparent, and hides magenta. The right half is opaque and green."""
+    hidden = Image.new("RGBA", (120, 90), (255, 0, 255, 0))
+    hidden.paste((0, 200, 0, 255), (60, 0, 120, 90))
+    grey = Image.new("LA", (120, 90), (0, 0))
+    grey.paste((120, 255), (60, 0, 120, 90))
+    palette = Image.new("P", (120, 90), 0)
+    palette.putpalette([255, 0, 255, 0, 200, 0])
+    palette.paste(1, (60, 0, 120, 90))
+    colour = Image.new("RGB", (120, 90), (255, 0, 255))
+    colour.paste((0, 200, 0), (60, 0, 120, 90))
+    pictures = {
+        "rgba.png": encode(hidden, "PNG"), "rgba.webp": encode(hidden, "WEBP", lossless=True, exact=True),
+        "rgba.tif": encode(hidden, "TIFF"), "grey.png": encode(grey, "PNG"),
+        "palette.gif": encode(palette, "GIF", transparency=0), "palette.png": encode(palette, "PNG", transparency=0),
+        "key.png": encode(colour, "PNG", transparency=(255, 0, 255)),
+    }
+    run(*PREPARE, write_tree(tmp_path / "in", pictures), tmp_path / "out", "--holdout", 0, "--duplicates", 0)
+    for row, frame in zip(rows(tmp_path / "out" / "index.csv"), open_pack(tmp_path / "out").train):
+        right = (120, 120, 120) if "grey" in row["source file"] else (0, 200, 0)
+        assert (frame[:, :24] > 250).all(), row["source file"]
+        assert abs(frame[:, 30:].astype(int) - right).max() < 5, row["source file"]
+    assert reasons(tmp_path / "out") == {}
+
+
+def test_odd_exif_data_does_not_make_a_photograph_unreadable(tmp_path):
+    """A rational of (-1, 0), and a text instead of a number, which PIL cannot write again. Then plain rubbish."""
+    def exif(*entries, text=b""):
+        """A TIFF directory: Orientation 6, and other entries."""
+        entries = [struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), *entries]
+        return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4) + text
+
+    rational = struct.pack("<HHII", 0x011A, 10, 1, 38)  # its value is 38 bytes from the directory's start
+    photo = street(0, (120, 160)).transpose(Image.Transpose.ROTATE_90)
+    pictures = {
+        "rational.jpg": encode(photo, exif=exif(rational, text=struct.pack("<ii", -1, 0))),
+        "text.jpg": encode(photo, exif=exif(struct.pack("<HHI4s", 0x011A, 2, 3, b"72\0\0"))),
+        "rubbish.jpg": encode(street(1, (120, 160)), exif=b"Exif\0\0rubbish"),
+        "cut.jpg": encode(street(2, (120, 160)), exif=exif()[:24]),
+    }
+    run(*PREPARE, write_tree(tmp_path / "in", pictures), tmp_path / "out", "--holdout", 0, "--duplicates", 0)
+    assert reasons(tmp_path / "out") == {}
+    frames = {row["key"]: frame for row, frame in zip(rows(tmp_path / "out" / "index.csv"),
+                                                      open_pack(tmp_path / "out").train.astype(int))}
+    upright = np.asarray(prepare_data.ImageOps.fit(street(0, (120, 160)), (54, 40)), int)
+    for name in ("rational", "text"):
+        assert abs(frames[name] - upright).mean() < 12, f"{name} is upright"
+
+
+def test_photographs_of_200_megapixels_are_read_and_larger_ones_are_refused(tmp_path):
+    """The first is decoded at an eighth of its size. The second claims to be huge."""
+    large = encode(Image.linear_gradient("L").resize((17_000, 12_000), Image.Resampling.NEAREST), quality=10)
+    huge = encode(Image.new("1", (20_000, 16_000)), "PNG")
+    write_tree(tmp_path / "in", streets(20) | {"large.jpg": large, "huge.png": huge})
+    run(*PREPARE, tmp_path / "in", tmp_path / "out", "--holdout", 0)
+    assert "large" in {row["key"] for row in rows(tmp_path / "out" / "index.csv")}
+    assert "exceeds limit of 300000000 pixels" in reasons(tmp_path / "out")["in/huge.png"]
+
+
 # ---- drawn streets --------------------------------------------------------------------------------------------------
 
 def test_drawn_streets_are_the_same_for_a_seed(tmp_path):
@@ -340,6 +656,128 @@ def test_drawn_streets_are_the_same_for_a_seed(tmp_path):
     pack = open_pack(packs[0])
     assert len(pack.info["counts"]["train"]) >= 4 and pack.train.std() > 30
     assert len({frame.tobytes() for frame in pack.train}) == len(pack.train)
+
+
+# ---- words that fit the data ----------------------------------------------------------------------------------------
+
+def test_photographs_are_told_what_concerns_photographs(tmp_path):
+    text = run(*PREPARE, write_tree(tmp_path / "in", streets(302)), tmp_path / "out").stdout
+    assert "25% of the 302 photographs are held out for scoring" in text
+    for word in ("msls", "metadata", "sequence", "panorama", "no score"):
+        assert word not in text.lower()
+
+
+@pytest.mark.parametrize("n, training, advice", [(1, "1 image\n", None), (5, "5 images\n", " --batch-size 5"),
+                                                 (60, "", "")])
+def test_few_photographs_are_told_what_will_be_missing(n, training, advice, tmp_path):
+    text = run(*PREPARE, write_tree(tmp_path / "in", streets(n)), tmp_path / "my pack").stdout
+    assert "train.py shows no score for this pack: a score needs 50 frames in each split" in text
+    assert ("too few sequences to hold any out" in text) == (n < 20) and f"train: {training}" in text
+    command = f"python train.py --data '{tmp_path / 'my pack'}'{advice}"
+    assert "training needs more images" in text if n == 1 else text.endswith(f"train on it with: {command}\n")
+
+
+def test_the_advice_is_a_command_that_trains(tmp_path):
+    text = run(*PREPARE, write_tree(tmp_path / "in", streets(6)), tmp_path / "out").stdout
+    words = text.rpartition("python train.py ")[2].split()
+    run("train.py", *TINY, "--epochs", 1, "--device", "cpu", *words, cwd=tmp_path)
+
+
+def test_where_training_prepares_there_is_no_advice_to_train(tree, tmp_path):
+    words = "--device", "cpu", "--data", tree, "--epochs", 1
+    text = run("train.py", *TINY, *words, cwd=tmp_path).stdout
+    assert "train: " in text and "train on it with" not in text and "train.py --data" not in text
+
+
+def test_new_photographs_in_a_folder_that_has_a_pack_are_noticed(tmp_path):
+    home = write_tree(tmp_path / "photos", streets(40) | {"broken.jpg": b"?", "notes.txt": b"?"})
+    words = "train.py", *TINY, "--device", "cpu", "--data", "photos", "--epochs", 1
+    run(*words, "--out", "a", cwd=tmp_path)
+    assert "new image" not in run(*words, "--out", "b", cwd=tmp_path).stdout
+    write_tree(home, streets(2, 50, "trip/{}.jpg") | {"more.txt": b"?"})
+    os.utime(home / "trip" / "0.jpg", (0, 0))
+    assert "photos has 2 new images since then" in run(*words, "--out", "c", cwd=tmp_path).stdout
+
+
+TERMINAL = """
+import time
+sys.stdout.isatty = lambda: True
+decode_frame = prepare_data.decode_frame
+def slow(*args):
+    time.sleep(0.02)
+    return decode_frame(*args)
+prepare_data.decode_frame = slow
+"""
+
+
+def test_progress_counts_what_a_limit_leaves_to_do_and_ends_its_line(tmp_path):
+    home = write_tree(tmp_path / "in", streets(200) | streets(200, name="copy/{}.jpg"))
+    done = run(changed(tmp_path, TERMINAL), *PREPARE[1:], home, tmp_path / "out", "--limit", 120)
+    shown = [line for line in done.stdout.splitlines() if "images/s" in line]
+    steps = [re.fullmatch(r"(\d+) of (\d+) images  \d+ images/s  \d+ s left *", line) for line in shown]
+    assert all(steps) and len(steps) > 3 and all(len(line) < 80 for line in shown)
+    counts = [(int(step[1]), int(step[2])) for step in steps]
+    assert all(done <= total for done, total in counts) and counts[-1][0] == counts[-1][1] < 200
+    assert counts[0][1] < 160, "120, and what has been left out"
+
+
+def test_short_work_shows_no_progress(packed):
+    assert "/s" not in packed[1]
+
+
+def test_sizes_are_in_megabytes_where_gigabytes_would_be_none(packed):
+    assert re.search(r"^78 images: at most 0.5 MB, [\d,.]+ [MG]B are free$", packed[1], re.M)
+
+
+def test_a_disk_without_any_space_is_told_without_a_limit_of_0(tree, tmp_path):
+    script = changed(tmp_path, "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10 ** 6, 0, 10 ** 2)")
+    stderr = run(script, *PREPARE[1:], tree, tmp_path / "out", status=2).stderr
+    assert "free some space, or name an OUT on another disk" in stderr and "--limit" not in stderr
+    assert "0.00" not in stderr and str(tmp_path) in stderr
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(tree, tmp_path):
+    script = changed(tmp_path, """
+import errno
+def refuse(*args, **kwargs):
+    raise OSError(errno.EROFS, "Read-only file system")
+prepare_data.tempfile.TemporaryDirectory = refuse""")
+    done = run(script, *PREPARE[1:], tree, tmp_path / "out", status=2)
+    assert f"{tmp_path} cannot be written to (Read-only file system): choose another OUT" in done.stderr
+    assert done.stdout == ""
+
+
+# ---- any output stream ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stream", [
+    "sys.stdout.reconfigure(encoding='cp437')", "sys.stdout.reconfigure(encoding='cp1251')",
+    "sys.stdout.reconfigure(encoding='ascii')", "sys.stdout = None", "sys.stdout.close()", "os.close(1)",
+    "import io; sys.stdout = io.StringIO()"])
+def test_output_that_is_lost_never_ends_the_work(stream, tmp_path):
+    home = write_tree(tmp_path / "×\udcff фото", streets(20) | {"broken \udcfe.jpg": b"?", "мир.jpg": b"?"})
+    script = changed(tmp_path, f"import os\n{stream}\nprepare_data.main(sys.argv[1:])\nos._exit(0)")
+    run(script, *PREPARE[1:], home, tmp_path / "× out")
+    assert len(rows(tmp_path / "× out" / "index.csv")) == 20
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_trained_on(tmp_path):
+    home = write_tree(tmp_path / "bytes \udcff\udcfe", streets(20))
+    run("train.py", *TINY, "--device", "cpu", "--data", home, "--epochs", 1, cwd=tmp_path)
+
+
+def test_main_called_from_a_notebook_leaves_no_trace(tmp_path, capsys):
+    def state():
+        handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+        return (handlers, list(warnings.filters), Image.MAX_IMAGE_PIXELS, sys.stdout, sys.excepthook, dict(os.environ),
+                torch.get_rng_state().tolist(), random.getstate(), os.getcwd())
+
+    home = write_tree(tmp_path / "in", streets(20) | {"broken.jpg": b"?"})
+    before = state()
+    prepare_data.main(["--image-size", "32", str(home), str(tmp_path / "out")])
+    assert state() == before and "train on it with" in capsys.readouterr().out
+    with pytest.raises(InputError, match="exists already"):
+        prepare_data.main([str(home), str(tmp_path / "out")])
+    assert state() == before
 
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
@@ -387,9 +825,20 @@ def test_a_signal_ends_it_soon_and_leaves_nothing(signum, tmp_path):
     process.stdout.readline()  # it has begun
     time.sleep(1)
     process.send_signal(signum)
-    _, stderr = process.communicate(timeout=20)
+    stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 128 + signum and stderr == "", (process.returncode, stderr)
-    assert list(tmp_path.iterdir()) == []
+    assert stdout.endswith("stopped: nothing is kept\n") and list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_ends_the_progress_line_first(tmp_path):
+    words = command(changed(tmp_path, TERMINAL), "--demo", 1000, "--image-size", 32, tmp_path / "out")
+    process = Fork(words)
+    process.stdout.readline()  # it has begun
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=20)
+    line, last = stdout.splitlines()[-2:]
+    assert " of 1,000 images" in line and last == "stopped: nothing is kept"
 
 
 def test_a_signal_that_interrupts_a_lock_is_still_a_signal(tmp_path):
@@ -421,10 +870,21 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     words = "--workers", 2, "--image-size", 128, "--holdout", 0
     for n in (100, 1000):
         write_zip(tmp_path / f"{n}.zip", {f"{i}.jpg": photo for i in range(n)})
-        done = run(script, *words, tmp_path / f"{n}.zip", tmp_path / str(n))
+        done = run(script, *words, "--duplicates", 0, tmp_path / f"{n}.zip", tmp_path / str(n))
         peaks.append(1024 * int(done.stdout.split()[-1]))
     size = (tmp_path / "1000" / "train.npy").stat().st_size
     assert size == 128 + 1000 * 160 * 214 * 3 and peaks[1] - peaks[0] < size / 2, peaks
+
+
+def test_the_identity_of_a_pack_is_a_hash_of_its_index(packed, tmp_path):
+    pack = shutil.copytree(packed[0], tmp_path / "pack")
+    identity = open_pack(pack).identity
+    assert re.fullmatch("[0-9a-f]{16,}", identity) and identity == open_pack(packed[0]).identity
+    with open(pack / "index.csv", "a") as file:
+        file.write("x")
+    assert open_pack(pack).identity != identity
+    (pack / "index.csv").unlink()
+    assert open_pack(pack).identity == ""
 
 
 # ---- reading packs --------------------------------------------------------------------------------------------------
@@ -479,10 +939,15 @@ def test_a_pack_of_other_images_with_the_same_name_is_not_used(tmp_path, monkeyp
         prepare_data.find_pack("b/photos", 32)
 
 
-@pytest.mark.parametrize("data", ["blank", "missing"])
-def test_data_without_pictures_leaves_no_packs_folder(data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("data, message", [
+    ("blank", "blank has no images. Name a folder"),
+    ("packs/msls", "there is no packs/msls: make it with python prepare_data.py SOURCE packs/msls"),
+    ("run", "run is a run: --data wants photographs or a pack"),
+    ("run/args.json", "args.json is not a folder, a .zip or a .tar archive")])
+def test_data_without_pictures_leaves_no_packs_folder(data, message, tmp_path):
     (tmp_path / "blank").mkdir()
-    with pytest.raises(InputError, match="name (a|the) folder"):
-        prepare_data.find_pack(data, 32)
-    assert [path.name for path in tmp_path.iterdir()] == ["blank"]
+    samples = streets(3, name="samples/{}.png")
+    write_tree(tmp_path / "run", {"args.json": b"{}", "checkpoint.pt": b"", **samples})
+    done = run("train.py", *TINY, "--device", "cpu", "--data", data, cwd=tmp_path, status=2)
+    assert message in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"blank", "run"}

@@ -13,15 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, TINY, Fork, command, new_process, run
+from helpers import ROOT, STATS, TINY, Training, command, content, new_process, run, same, scalars, torchrun
 
 sys.path.insert(0, str(ROOT))
 
@@ -34,7 +33,7 @@ import prepare_data
 import train
 
 CPU = [*TINY, "--device", "cpu"]
-RUN = [*CPU, "--epochs", 12, "--log-every", 6, "--save-minutes", 0]  # 96 steps and 17 saves
+RUN = [*CPU, "--epochs", 4, "--log-seconds", 0, "--save-minutes", 0]  # 32 steps, each logged and saved
 TRICKS = ["--augment", "--mirror", "--instance-noise", 0.1]
 
 
@@ -51,67 +50,6 @@ def run_in_three_stretches(*argv):
     weights = [*networks.G.parameters(), *networks.D.parameters(), *networks.G_ema.parameters()]
     state = b"".join(weight.detach().numpy().tobytes() for weight in weights)
     sys.stdout.write(f"weights {hashlib.sha256(state).hexdigest()}\n")  # one write: torchrun's ranks are unbuffered
-
-
-class Training:
-    """A script that is running: read its output, send it signals. It never outlives the test."""
-
-    def __init__(self, argv):
-        start = Fork if argv[1].endswith(".py") else partial(subprocess.Popen, stdout=subprocess.PIPE, text=True)
-        self.process = start(argv, stderr=subprocess.STDOUT)
-        self.text, self.watchdog = "", threading.Timer(240, self.kill)  # a hang is a failure
-        self.watchdog.start()
-
-    def until(self, pattern):
-        for line in self.process.stdout:
-            self.text += line
-            if match := re.search(pattern, line):
-                return match
-        raise AssertionError(f"no line '{pattern}', status {self.process.wait()}:\n{self.text[-3000:]}")
-
-    def end(self):
-        self.text += self.process.stdout.read()
-        return self.process.wait()
-
-    def children(self):
-        """Process numbers of torchrun's ranks, which have process groups of their own."""
-        pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    def kill(self):
-        if self.process.poll() is None:
-            for pid in (self.process.pid, *self.children()):
-                os.kill(pid, signal.SIGKILL)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.watchdog.cancel()
-        self.kill()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-def content(file):
-    return torch.load(file, weights_only=True)
-
-
-def same(a, b):
-    """Bit for bit: nested dicts and lists of tensors and values."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def scalars(out, names=train.STATS):
-    """What TensorBoard shows of a run: {name: [(images, value), …]}."""
-    board = EventAccumulator(str(out)).Reload()
-    return {name: [(event.step, event.value) for event in board.Scalars(name)] for name in names}
 
 
 def differences(out, other):
@@ -138,7 +76,7 @@ def scored(tmp_path_factory):
     """(the folder of a run with enough held-out frames for a score, its output, the command without --out)."""
     folder = tmp_path_factory.mktemp("scored")
     run("prepare_data.py", "--demo", 240, "--image-size", 32, "--holdout", 0.4, folder / "pack")
-    words = [*CPU, *TRICKS, "--data", folder / "pack", "--epochs", 3, "--log-every", 10]
+    words = [*CPU, *TRICKS, "--data", folder / "pack", "--epochs", 3, "--log-seconds", 0]
     done = run("train.py", *words, "--save-minutes", 0, "--out", folder / "run")
     return folder / "run", done.stdout, words
 
@@ -166,15 +104,16 @@ def test_a_step_equals_the_plain_loop_to_rounding():
         loss_G = bce(plain_D(fake), torch.ones(16))
         loss_G.backward()
         adam_G.step()
-        return torch.stack([loss_real + loss_fake, loss_G]).detach()
+        return {"Loss_D": (loss_real + loss_fake).detach(), "Loss_G": loss_G.detach()}
 
     for i in range(20):
         frames = torch.randint(0, 256, (16, 40, 54, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
         both = []
         for step in (ours.step, plain_step):
             torch.manual_seed(i)
-            both.append(step(frames)[:2])
-        torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
+            both.append(step(frames))
+        for name, value in both[1].items():
+            torch.testing.assert_close(both[0][name], value, rtol=1e-4, atol=1e-4)
     for net, plain in ((ours.G, plain_G), (ours.D, plain_D)):
         for a, b in zip(net.state_dict().values(), plain.state_dict().values()):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
@@ -186,7 +125,7 @@ def test_moments_of_another_memory_layout_continue_the_same():
     frames = torch.randint(0, 256, (16, 40, 54, 3), dtype=torch.uint8)
     first = train.DCGAN(args, train.set_up_device(args))
     first.step(frames)
-    saved = {**copy.deepcopy(first.state_dict()), "step": 1}
+    saved = copy.deepcopy(first.state_dict())
     contiguous = copy.deepcopy(saved)
     for moments in (*contiguous["opt_G"].values(), *contiguous["opt_D"].values()):
         moments.update({key: moments[key].contiguous() for key in ("exp_avg", "exp_avg_sq")})
@@ -215,64 +154,69 @@ def test_a_resumed_optimizer_counts_the_steps_that_it_made(scaler, count):
         assert {int(state["step"]) for state in optimizer.state.values()} == {count}
 
 
-@pytest.mark.parametrize("straight", ["one stretch"], indirect=True)
-def test_a_run_learns_and_logs_the_line_that_everybody_knows(straight, pack):
-    out, text, _ = straight
+def test_a_run_learns_and_logs_the_line_that_everybody_knows(pack, tmp_path):
+    out, words = tmp_path / "run", ["--epochs", 12, "--log-seconds", 0, "--save-minutes", 60]
+    text = run("train.py", *CPU, *words, "--data", pack, "--out", out).stdout
     lines = re.findall(r"^\[(\d+)/12\]\[(\d+)/(\d+)\] Loss_D [\d.]+ Loss_G [\d.]+ D\(x\) ([\d.]+) "
-                       r"D\(G\(z\)\) ([\d.]+) / ([\d.]+)  [\d,]+ images/s, \d+:\d\d:\d\d left$", text, re.M)
+                       r"D\(G\(z\)\) ([\d.]+)/([\d.]+) [\d,]+/s$", text, re.M)
     steps = 12 * (len(prepare_data.open_pack(pack).train) // 16)
-    assert [(int(step), int(of)) for _, step, of, *_ in lines] == [(i, steps) for i in range(6, steps + 1, 6)]
-    assert [int(epoch) for epoch, *_ in lines] == [math.ceil(12 * i / steps) for i in range(6, steps + 1, 6)]
+    assert [(int(step), int(of)) for _, step, of, *_ in lines] == [(i, steps) for i in range(1, steps + 1)]
+    assert [int(epoch) for epoch, *_ in lines] == [math.ceil(12 * i / steps) for i in range(1, steps + 1)]
     first, last = ([float(x) for x in lines[i][3:]] for i in (0, -1))
     assert all(0.4 < x < 0.6 for x in first), "D knows nothing yet"
     assert last[0] > 0.65 and last[2] < 0.35, "D tells real from fake"
     grids = [np.asarray(Image.open(grid), np.float32)[2:34, 2:34] for grid in sorted((out / "samples").iterdir())]
-    assert len(grids) == len(lines) + 1
+    assert len(grids) == 2
     assert grids[-1].std() > 4 and abs(grids[-1] - grids[0]).mean() > 0.5, "the first picture is not grey, and changed"
-    assert f"{out} is at image {16 * steps:,} of {16 * steps:,}." in text.splitlines()[-1]
-    assert not (out / "scores.csv").exists(), "48 held-out frames are too few for a score"
+    assert f"finished at image {16 * steps:,}; go on with: python train.py --resume --out {out} --epochs 24" in text
+    assert all(len(line) <= 80 for line in text.splitlines() if "/s" in line), "no line breaks on a terminal"
+    assert "no scores and no best.pt: 48 frames are held out" in text and not (out / "scores.csv").exists()
 
 
 def test_a_run_folder_holds_scores_and_pictures_and_tensorboard_shows_them(scored):
     out, text, _ = scored
     head, *rows = (out / "scores.csv").read_text().splitlines()
     table = [[float(value) for value in row.split(",")] for row in rows]
-    assert tuple(head.split(",")) == train.SCORES and table == content(out / "checkpoint.pt")["scores"]
-    said = re.findall(r"^image ([\d,]+): score ([\d.]+) \(real images ([\d.]+)\), coverage ([\d.]+) "
-                      r"\(real images ([\d.]+)\), D\(held out\) ([\d.]+)$", text, re.M)
+    columns = train.Reporter.COLUMNS
+    assert tuple(head.split(",")) == columns and table == content(out / "checkpoint.pt")["scores"]
+    said = re.findall(r"^score ([\d.]+) \(real images ([\d.]+)\), coverage ([\d.]+) \(([\d.]+)\), "
+                      r"D\(held out\) ([\d.]+)$", text, re.M)
     assert len(said) == len(table) > 2
     for (images, score, coverage, real, real_coverage, held_out), words in zip(table, said):
-        words = [float(word.replace(",", "")) for word in words]
-        assert words == pytest.approx([images, score, real, coverage, real_coverage, held_out], abs=0.051)
+        numbers = [float(word) for word in words]
+        assert numbers == pytest.approx([score, real, coverage, real_coverage, held_out], abs=0.051)
         assert 0 < real < score and 0 <= coverage < real_coverage and 0 < held_out < 1
         assert (out / "samples" / f"{int(images):09d}.png").exists()
-    assert len(scalars(out, [*train.STATS, "images/s", "share of time waiting for data"])["images/s"]) == len(table) - 1
+    logged = scalars(out, [*STATS, "images/s", "share of time waiting for data"])
+    assert len(logged["images/s"]) == len(table) - 1 == len(re.findall(r"^saved at image", text, re.M))
     for name, values in scalars(out, ["score", "coverage", "D(held out)"]).items():
-        assert values == [(row[0], pytest.approx(row[train.SCORES.index(name)], abs=1e-4)) for row in table]
+        assert values == [(row[0], pytest.approx(row[columns.index(name)], abs=1e-4)) for row in table]
+    shown = EventAccumulator(str(out)).Reload().Images("samples")
+    assert shown[-1].step == table[-1][0] and shown[-1].width == 8 * 34 + 2, "the samples, as pictures"
     scored_again = run("sample.py", "--score", out.parent / "pack", "--checkpoint", out / "checkpoint.pt", cwd=out)
     assert f"{table[-1][1]:.1f}" in scored_again.stdout, "the same number for the same images"
 
 
-def test_the_best_generator_and_a_few_others_are_kept(pack, tmp_path, monkeypatch):
+def test_the_best_checkpoint_and_a_few_generators_are_kept(pack, tmp_path):
     """The best has the smallest score among those with at least half the coverage of real images."""
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    args = train.parse_args([*CPU, "--data", str(pack), "--out", str(tmp_path)])
+    args = train.parse_args([*CPU, "--data", str(pack), "--out", str(tmp_path), "--epochs", "1"])
     networks = train.DCGAN(args, train.set_up_device(args))
-    reporter = train.Reporter(args, prepare_data.open_pack(pack), networks, 10 ** 6, math.inf, [])
+    reporter = train.Reporter(args, prepare_data.open_pack(pack), networks, 10 ** 6, math.inf, [], None)
     reporter.start(0, 0)
+    reporter.rate = 1.0
     for step, score, coverage, best in ((1, 50, 0.3, None), (2, 90, 0.4, 2), (3, 95, 0.9, 2), (4, 80, 0.39, 2),
                                         (5, 70, 0.6, 5), (6, 60, 0.1, 5), (7, 65, 0.8, 7)):
         reporter.score = lambda G, latent, both=(score, coverage): both
         reporter.score.real = 20.0, 0.8
         reporter.save(step, 16 * step)
-        file = tmp_path / "generator-best.pt"
+        file = tmp_path / "best.pt"
         assert (content(file)["images"] // 16 if file.exists() else None) == best
         shutil.copy(tmp_path / "generator-000000000.pt", tmp_path / "generator-000000000-mine.pt")  # is left alone
     kept = sorted(tmp_path.glob("generator-*[0-9].pt"))
     assert [content(file)["images"] for file in kept] == [0, 16, 32, 64], "each at least twice the one before"
     assert kept[-1].name == "generator-000000064.pt"
-    names = "checkpoint-previous.pt", "checkpoint.pt"
-    assert [content(tmp_path / name)["images"] for name in names] == [96, 112], "the last two checkpoints are kept"
+    assert content(tmp_path / "checkpoint.pt")["images"] == 112
+    assert content(tmp_path / "best.pt").keys() == content(tmp_path / "checkpoint.pt").keys(), "a run can start from it"
     G, latent = model.load_generator(tmp_path)
     assert (G.image_size, G.nz, latent) == (32, 8, "normal")
 
@@ -299,7 +243,7 @@ def test_minutes_end_a_run_with_everything_saved(pack, tmp_path):
     ops.write_text("linear\n")
     done = run("train.py", *CPU, "--epochs", 10 ** 6, "--minutes", 0.1, "--bf16-ops", ops, "--data", pack, "--out", out)
     images = content(out / "checkpoint.pt")["images"]
-    assert images > 0 and f" is at image {images:,} of " in done.stdout
+    assert f"stopped at image {images:,} after 0.1 minutes (--minutes); go on with: python train.py" in done.stdout
     assert (out / "samples" / f"{images:09d}.png").exists() and (out / f"generator-{images:09d}.pt").exists()
     assert done.stdout.count("torch.autocast's own rules apply") == 1, "op lists are for Gaudi, and harmless elsewhere"
 
@@ -314,7 +258,7 @@ def test_a_run_killed_again_and_again_equals_one_that_was_not(straight, tmp_path
     for _ in range(kills):
         with Training(argv) as training:
             for _ in range(chance.randrange(3 if kills > 2 else 9)):
-                if training.until("training frames|Loss_D|is at image")[0] == "is at image":
+                if training.until("training frames|Loss_D|finished at")[0] == "finished at":
                     break
             time.sleep(chance.uniform(0, 0.1))
         steps += [content(file)["step"] for file in out.glob("checkpoint.pt")]
@@ -330,7 +274,7 @@ def test_a_run_stopped_by_sigterm_and_ctrl_c_equals_one_that_was_not(straight, t
     """--resume remembers all arguments. The tricks (augmentation, flips, noise) are the same after it."""
     reference, _, argv = straight
     out = tmp_path / "run"
-    argv = [*argv, "--save-minutes", "60", "--log-every", "1", "--out", str(out)]
+    argv = [*argv, "--save-minutes", "60", "--out", str(out)]
     for signum, times in ((signal.SIGTERM, 2), (signal.SIGINT, 1)):  # torchrun's ranks can get SIGTERM twice
         with Training(argv) as training:
             for _ in range(7):
@@ -340,6 +284,7 @@ def test_a_run_stopped_by_sigterm_and_ctrl_c_equals_one_that_was_not(straight, t
                 training.process.send_signal(signum)
                 time.sleep(0.005)
             assert training.end() == 128 + signum, training.text
+        assert "stopped and saved at image" in training.text
         assert time.monotonic() - sent < 10 and not re.search("Traceback|error:", training.text), training.text
         assert content(out / "checkpoint.pt")["step"] == int(re.findall(r"\[(\d+)/\d+\] Loss_D", training.text)[-1])
         argv = [*command(__file__), "--resume", "--out", str(out)]
@@ -354,7 +299,7 @@ def test_a_run_stopped_by_sigterm_and_ctrl_c_equals_one_that_was_not(straight, t
 
 def test_a_kill_during_a_save_leaves_a_checkpoint_that_loads(tmp_path, request):
     """A fork of this process saves without end, so that a kill costs milliseconds."""
-    newest, previous, done = tmp_path / "checkpoint.pt", tmp_path / "checkpoint-previous.pt", 0
+    newest, done = tmp_path / "checkpoint.pt", 0
     chance = random.Random(1)
     for _ in range(1000 if request.config.getoption("--long") else 100):
         read, write = os.pipe()
@@ -363,7 +308,7 @@ def test_a_kill_during_a_save_leaves_a_checkpoint_that_loads(tmp_path, request):
             try:
                 for images in itertools.count(done + 1):
                     content = {"images": images, "G": {"w": torch.full((20_000,), float(images))}}
-                    train.save_file(newest, content, previous)
+                    train.save_file(newest, content)
                     os.write(write, b".")
             finally:
                 os._exit(1)  # an error must not leave a second pytest
@@ -374,40 +319,35 @@ def test_a_kill_during_a_save_leaves_a_checkpoint_that_loads(tmp_path, request):
         os.waitpid(child, 0)
         saves = 1 + len(os.read(read, 1 << 16))
         os.close(read)
-        found = model.load_file(newest if newest.exists() else previous)
+        found = model.load_file(newest)
         assert found["images"] - done in (saves, saves + 1), "no finished save is lost"
         assert found["G"]["w"].eq(found["images"]).all() and len(found["G"]["w"]) == 20_000
         done = found["images"]
 
 
-def test_a_kill_between_the_renames_of_a_save_costs_nothing(trained, tmp_path):
+def test_a_damaged_checkpoint_is_an_error_and_best_pt_starts_a_new_run(trained, tmp_path):
     out = shutil.copytree(trained, tmp_path / "run")
-    os.replace(out / "checkpoint.pt", out / "checkpoint-previous.pt")
-    (out / "checkpoint.pt.tmp").write_bytes(b"half of it")
-    images = content(trained / "checkpoint.pt")["images"]
-    done = run("train.py", "--resume", "--out", out, "--epochs", 3)
-    assert f", image {images:,} of " in done.stdout
-    assert content(out / "checkpoint.pt")["images"] > images == content(out / "checkpoint-previous.pt")["images"]
-
-
-def test_a_damaged_checkpoint_is_an_error_that_names_the_one_before(trained, tmp_path):
-    """Here the run is finished, and the resumed one says so."""
-    out = shutil.copytree(trained, tmp_path / "run")
-    shutil.copy(out / "checkpoint.pt", out / "checkpoint-previous.pt")
+    shutil.copy(out / "checkpoint.pt", out / "best.pt")
     with open(out / "checkpoint.pt", "r+b") as file:
         file.truncate(5000)
     refused = run("train.py", "--resume", "--out", out, status=2)
     assert refused.stderr.count("\n") == 1 and f"{out}/checkpoint.pt is damaged" in refused.stderr
-    advice = re.search("mv .*", refused.stderr)[0]
-    assert advice == f"mv {out}/checkpoint-previous.pt {out}/checkpoint.pt"
-    subprocess.run(advice, shell=True, check=True)
-    done = run("train.py", "--resume", "--out", out)
+    assert f"--init {out}/best.pt --out NEW" in refused.stderr
+    words = "--data", json.loads((out / "args.json").read_text())["data"], *CPU, "--epochs", 1
+    run("train.py", "--init", out / "best.pt", "--out", tmp_path / "new", *words)
+    assert content(tmp_path / "new" / "checkpoint.pt")["images"] < content(out / "best.pt")["images"]
+
+
+def test_a_finished_run_says_so_and_forgets_no_argument(trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "run")
+    done = run("train.py", "--resume", "--out", out, cwd=tmp_path)
     images = content(trained / "checkpoint.pt")["images"]
-    assert f"{out} is at image {images:,} of {images:,}." in done.stdout and "Loss_D" not in done.stdout
+    assert f"finished at image {images:,}" in done.stdout and "Loss_D" not in done.stdout
     assert (out / "checkpoint.pt").read_bytes() == (trained / "checkpoint.pt").read_bytes()
     then, now = (json.loads((folder / "args.json").read_text()) for folder in (trained, out))
     assert then["batch_size"] == 16 and then["lr"] == 2e-4 and then["preset"] == "naive-64"
-    assert {name for name in now if now[name] != then[name]} == {"out", "resume"}, "no argument is forgotten"
+    assert Path(then["data"]).is_absolute(), "it can be resumed in another folder"
+    assert {name for name in now if now[name] != then[name]} == {"out", "resume"}
 
 
 def test_a_full_disk_costs_a_warning_and_no_checkpoint(pack, tmp_path):
@@ -416,19 +356,19 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(pack, tmp_path):
         resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     out = tmp_path / "run"
-    words = [*RUN, "--epochs", 100_000, "--log-every", 10, "--data", pack, "--out", out]
+    words = [*RUN, "--epochs", 100_000, "--data", pack, "--out", out]
     with Training(command("train.py", *words)) as training:
         training.until(r"\[30/")
         limit(100)
         training.until("warning: nothing saved in .*: File too large; training continues")
         training.until("Loss_D")
-        kept = [content(out / name)["images"] for name in ("checkpoint.pt", "checkpoint-previous.pt")]
-        assert kept[0] > kept[1] and not list(out.glob("*.tmp"))
+        kept = content(out / "checkpoint.pt")["images"]
+        assert not list(out.glob("*.tmp"))
         limit(resource.RLIM_INFINITY)
-        while content(out / "checkpoint.pt")["images"] == kept[0]:
+        while content(out / "checkpoint.pt")["images"] == kept:
             training.until("Loss_D")
         training.text = ""
-        for _ in range(3):
+        for _ in range(30):
             training.until("Loss_D")
         assert "warning: " not in training.text, "it saves again"
         limit(100)
@@ -437,7 +377,7 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(pack, tmp_path):
         assert training.end() == 1, "it ends without having saved"
         assert re.search("^error: nothing saved", training.text, re.M)
         assert "Traceback" not in training.text and "Exception" not in training.text, training.text
-    assert content(out / "checkpoint.pt")["images"] > kept[0]
+    assert content(out / "checkpoint.pt")["images"] > kept
     assert scalars(out)["Loss_D"]
 
 
@@ -452,12 +392,12 @@ def test_a_disk_that_is_full_at_the_start_is_an_error_at_once(pack, tmp_path):
 def test_numbers_that_go_bad_stop_the_run_and_are_not_saved(trained, tmp_path):
     """An optimizer about to make a weight infinite while the loss is still fine, and a network that has one."""
     for says, poison in (("a weight is not finite", lambda state: state["opt_G"][0]["exp_avg"].fill_(3e38)),
-                         ("'Loss_D': nan", lambda state: state["D"]["main.0.weight"].fill_(math.inf))):
+                         ("not finite: {'Loss_D': nan", lambda state: state["D"]["main.0.weight"].fill_(math.inf))):
         out = shutil.copytree(trained, tmp_path / says)
         state = content(out / "checkpoint.pt")
         poison(state)
         torch.save(state, out / "checkpoint.pt")
-        words = ["--epochs", 4, "--save-minutes", 0, "--log-every", 1]
+        words = ["--epochs", 4, "--save-minutes", 0, "--log-seconds", 0]
         done = run("train.py", "--resume", "--out", out, *words, status=1)
         stopped = re.fullmatch(rf"error: step (\d+): .*{says}.*--resume.*--lr\n", done.stderr)
         assert stopped, done.stderr
@@ -486,7 +426,7 @@ def test_translate_shifts_by_whole_pixels_with_zeros_at_the_border():
 
 
 def test_augmentation_is_off_in_the_papers_presets_and_on_for_small_packs():
-    on = {preset for preset in train.PRESETS if train.parse_args(["--preset", preset, "--data", "x"]).augment}
+    on = {preset for preset in train.PRESETS if train.parse_args(["--preset", preset]).augment}
     assert on == {"demo-64", "small-64"}
     assert not train.parse_args(["--preset", "demo-64", "--no-augment"]).augment
     assert train.parse_args(["--preset", "naive-64", "--augment"]).augment and train.parse_args([]).augment
@@ -494,15 +434,10 @@ def test_augmentation_is_off_in_the_papers_presets_and_on_for_small_packs():
 
 # ---- many processes, and the data each of them sees -----------------------------------------------------------------
 
-def torchrun(*words):
-    launcher = "-m torch.distributed.run --standalone --max-restarts 3 --nproc-per-node 2".split()
-    return [sys.executable, *launcher, __file__, *map(str, words)]
-
-
 def test_a_rank_that_dies_costs_a_restart_and_the_ranks_end_alike(pack, tmp_path, request):
     long = request.config.getoption("--long")
-    words = [*CPU, "--resume", "--epochs", 20, "--log-every", 1, "--save-minutes", 0, "--data", pack, "--out"]
-    with Training(torchrun(*words, tmp_path / "run")) as training:
+    words = [*CPU, "--resume", "--epochs", 20, "--log-seconds", 0, "--save-minutes", 0, "--data", pack, "--out"]
+    with Training(torchrun(__file__, *words, tmp_path / "run", restarts=3)) as training:
         for rank in (b"RANK=1", b"RANK=0", b"RANK=1") if long else (b"RANK=1",):
             training.until("training frames")
             for _ in range(20):
@@ -510,13 +445,13 @@ def test_a_rank_that_dies_costs_a_restart_and_the_ranks_end_alike(pack, tmp_path
             for pid in training.children():
                 if rank in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     os.kill(pid, signal.SIGKILL)
-        images = int(training.until(r"training frames .* image ([\d,]+) of")[1].replace(",", ""))
+        images = int(training.until(r"run .* image ([\d,]+) of")[1].replace(",", ""))
         assert training.end() == 0, training.text
     assert images > 0, "it continues from a checkpoint"
     hashes = re.findall("weights ([0-9a-f]{64})", training.text)
     assert len(hashes) == 2 and len(set(hashes)) == 1, "both ranks end with the same weights"
     if long:
-        with Training(torchrun(*words, tmp_path / "uninterrupted")) as training:
+        with Training(torchrun(__file__, *words, tmp_path / "uninterrupted")) as training:
             assert training.end() == 0, training.text
         assert differences(tmp_path / "uninterrupted", tmp_path / "run") == []
 
@@ -524,8 +459,8 @@ def test_a_rank_that_dies_costs_a_restart_and_the_ranks_end_alike(pack, tmp_path
 def test_a_signal_to_torchrun_stops_every_rank_with_the_run_saved(pack, tmp_path):
     """Afterwards a single process continues the run."""
     out = tmp_path / "run"
-    words = [*CPU, "--resume", "--epochs", 100_000, "--log-every", 1, "--data", pack, "--out", out]
-    with Training(torchrun(*words)) as training:
+    words = [*CPU, "--resume", "--epochs", 100_000, "--log-seconds", 0, "--data", pack, "--out", out]
+    with Training(torchrun(__file__, *words)) as training:
         training.until(r"\[12/")
         training.process.send_signal(signal.SIGTERM)
         assert training.end() != 0
@@ -546,7 +481,7 @@ def take(frames, n, seed=(0, 0), step=0):
 @pytest.mark.parametrize("split", [train.cut_stretches, three_stretches])
 def test_an_epoch_has_every_frame_at_most_once_and_is_the_same_from_any_step(split, monkeypatch):
     monkeypatch.setattr(train, "cut_stretches", split)
-    frames = np.arange(150)
+    frames = np.arange(150, dtype=np.uint8)
     steps = split(frames, 16)[1]
     assert steps == (9 if split is three_stretches else 150 // 16)
     all_batches = take(frames, 3 * steps)
@@ -563,13 +498,14 @@ def test_an_epoch_has_every_frame_at_most_once_and_is_the_same_from_any_step(spl
 def test_reading_ahead_takes_two_threads_and_no_openmp_team():
     """An OpenMP team of the reader's own waits busily after each batch, and slows the training step by a third."""
     code = """
-import os, numpy, torch, train
+import os, time, numpy, torch, train
 torch.set_num_threads(4)
 torch.ones(1 << 20).add_(1)  # starts the OpenMP threads of the training step
 before = len(os.listdir("/proc/self/task"))
 stream = train.batches(numpy.zeros((640, 80, 106, 3), numpy.uint8), 64, (0, 0))
 for _ in range(25):
     next(stream)
+time.sleep(1)  # four more threads copy a stretch, and end
 print(len(os.listdir("/proc/self/task")) - before, flush=True)
 os._exit(0)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -589,7 +525,8 @@ def test_the_ranks_share_the_frames_of_a_pack(pack):
     args = train.parse_args([*CPU, "--data", str(pack)])
     everything = Counter(frame.tobytes() for frame in prepare_data.open_pack(pack).train)
     for world in (1, 2, 3):
-        parts = [train.find_data(args, rank, world)[0] for rank in range(world)]
+        ranks = [SimpleNamespace(rank=rank, world=world) for rank in range(world)]
+        parts = [train.share(train.find_data(args, rank).train, rank, 16) for rank in ranks]
         seen = Counter(frame.tobytes() for part in parts for frame in part)
         assert len({len(part) for part in parts}) == 1, "all ranks take equally many steps"
         assert not seen - everything and (everything - seen).total() < world, "no frame twice"
@@ -623,6 +560,7 @@ def test_a_foreign_file_in_place_of_a_checkpoint_is_refused_and_runs_no_code(tra
         "an old torch file that runs a program": lambda path: torch.save(
             Bomb(mark), path, _use_new_zipfile_serialization=False),
         "other networks": lambda path: torch.save({**good, "G": wide}, path),
+        "another program's": lambda path: torch.save({"netG": good["G"], "epoch": 3}, path),
         "a list": lambda path: torch.save([1, 2], path),
         "another dictionary": lambda path: torch.save({"a": 1}, path),
         "weights of another kind": lambda path: torch.save({**good, "G": {"main.0.weight": 5}, "opt_G": None}, path),
@@ -643,6 +581,11 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
     (tmp_path / "a file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("")
+    other_pack = shutil.copytree(pack, tmp_path / "pack")
+    with open(other_pack / "index.csv", "a") as index:
+        index.write("holdout,48,Bath,1,1,street.jpg\n")
+    damaged = shutil.copytree(trained, tmp_path / "damaged")
+    (damaged / "args.json").write_text("{")
     tiny = [*CPU, "--data", pack]
     for words, says in (
             ([*tiny, "--batch-size", 500], "batch-size"),
@@ -650,17 +593,26 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
             ([*tiny, "--image-size", 64], "is a pack for --image-size 32"),
             ([*tiny, "--data", "nowhere"], "nowhere"),
             ([*tiny, "--data", tmp_path / "a file"], "a file"),
+            ([*tiny, "--data", trained], f"{trained} is a run: --data wants photographs or a pack"),
             ([*tiny, "--data", tmp_path / "other"], "no images"),
             ([*tiny, "--out", trained], "--resume"),
-            ([*tiny, "--out", tmp_path / "a file"], "a file"),
-            (["--resume", "--out", trained, "--ngf", 8], "other networks"),
+            ([*tiny, "--out", tmp_path / "a file"], "a file is a file. Name a folder"),
+            ([*tiny, "--out", tmp_path / "a file" / "run"], "a file is a file. Name a folder"),
+            ([*tiny, "--minutes", -1], "--minutes -1.0: choose 0 or more"),
+            ([*tiny, "--lr", "nan"], "--lr nan: choose 0 or more"),
+            (["--resume", "--out", trained, "--ngf", 8], f"--ngf 8: {trained} has --ngf 4. Leave it out"),
+            (["--resume", "--out", trained, "--data", other_pack], f"start a new run: --init {trained} --out NEW"),
+            (["--resume", "--out", damaged], "args.json cannot be read"),
+            ([*tiny, "--init", tmp_path / "other"], "holds none of best.pt, checkpoint.pt"),
+            ([*tiny, "--init", trained, "--ngf", 5], "has --ngf 4. Leave it out"),
             (["--resume", "--out", trained, "--preset", "clamp-64"], "is a run of naive-64"),
             ([*tiny, "--graph"], "use --no-graph"),
             ([*tiny, "--precision", "fp16"], "fp16"),
             ([*tiny, "--fp32-ops", "missing.txt"], "missing.txt"),
             ([*tiny, "--sed", 4], "--sed")):
         assert says in refusal(capfd, *words), words
-    assert {path.name for path in tmp_path.iterdir()} <= {"a file", "other", "runs"}, "a refused run leaves no files"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names <= {"a file", "other", "pack", "damaged", "runs"}, "a refused run leaves no files"
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
     Image.new("RGB", (300, 200)).save(tmp_path / "other" / "street.jpg")
     for data in (["--data", tmp_path / "other"], []):

@@ -36,7 +36,8 @@ def build():
         raise Unavailable("no C++ compiler (c++, g++ or clang++) to build the simulated card with")
     import torch
 
-    key = hashlib.sha256(b"".join(p.read_bytes() for p in [*SOURCES, Path(__file__)])).hexdigest()[:12]
+    files = [*SOURCES, HERE / "metrics.h", Path(__file__)]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     python = "".join(map(str, sys.version_info[:2]))
     out = Path(tempfile.gettempdir()) / f"hpu_sim-{os.getuid()}-{torch.__version__}-py{python}-{key}"
     if not out.exists():
@@ -58,6 +59,19 @@ def build():
 def unsupported(report):
     """Op and dtype of the calls that fell back to the CPU, from a report (the JSON that HPU_SIM_REPORT gives)."""
     return sorted(report["fallbacks"])
+
+
+def without_plugin_lines(stderr):
+    """The lines of stderr that are not the plugin's own: its banner, and the three warnings of eager mode."""
+    kept, in_banner = [], False
+    for line in stderr.splitlines():
+        if "HABANA PT BRIDGE CONFIGURATION" in line:
+            in_banner = True
+        elif in_banner:
+            in_banner = line.strip("-") != ""  # the last line of the banner is a rule
+        elif "does not have any effect. It's lazy mode only" not in line:
+            kept.append(line)
+    return kept
 
 
 def _compile(compiler, out):

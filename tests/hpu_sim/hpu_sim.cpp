@@ -29,11 +29,15 @@
 #include <cstring>
 #include <fstream>
 #include <functional>
+#include <iostream>
 #include <map>
 #include <mutex>
 #include <set>
 #include <sstream>
+#include <thread>
 #include <unordered_set>
+
+#include "metrics.h"
 
 using namespace at;
 static const Device kCard(DeviceType::HPU, 0);  // a process sees its one card as hpu:0, as on a real machine
@@ -43,8 +47,15 @@ static int64_t env_int(const char* name, int64_t otherwise) {
   const char* value = std::getenv(name);
   return value && *value ? std::atoll(value) : otherwise;
 }
+
 static constexpr size_t kMaxEvents = 20000;
-static constexpr uint64_t kEmptyHash = 14695981039346656037ull;
+
+struct Hash {  // FNV-1a
+  uint64_t value = 14695981039346656037ull;
+  void add(const std::string& text) {
+    for (unsigned char c : text) value = (value ^ c) * 1099511628211ull;
+  }
+};
 
 static struct Record {
   std::mutex lock;  // backward runs in a thread of its own
@@ -52,111 +63,98 @@ static struct Record {
   std::set<std::string> ops;
   std::map<std::string, int64_t> syncs, fallbacks, uploads{{"seed", 0}, {"step", 0}, {"tensor", 0}};
   std::vector<std::string> events;
-  int64_t marks = 0, in_graph = 0, longest = 0;
-  // lazy mode: a graph is every op between two cuts; the card compiles each distinct graph once
-  uint64_t hash = kEmptyHash;
-  std::set<uint64_t> compiled;
-  std::vector<int64_t> new_graphs, graph_steps;
-  int64_t graphs_run = 0, optimizer_steps = 0;
+  int64_t marks = 0;
+  int64_t optimizer_steps = 0;
+  int64_t in_graph = 0;  // ops since the last cut
+  int64_t longest = 0;
+
+  // Lazy mode: a graph is every op between two cuts. The card compiles each distinct graph once,
+  // and once more where an input of the same graph comes in another layout.
+  Hash graph, recipe;  // without the layouts of the inputs, and with them
+  std::set<uint64_t> graphs, recipes;
+  std::vector<int64_t> new_graphs, graph_steps, layout_steps;
+  std::atomic<int64_t> graphs_run{0};
+
   std::ofstream dump;  // HPU_SIM_GRAPHS
   std::string text;    // of the graph since the last cut, for the dump
+  Metrics metrics;
 } record_;
 
-static void add_event(const std::string& e) { if (record_.events.size() < kMaxEvents) record_.events.push_back(e); }
-static void cut(const std::string& by) {  // the caller holds the lock
-  auto& r = record_;
-  if (r.in_graph > 0 && r.lazy) {
-    if (r.compiled.insert(r.hash).second) {
-      r.new_graphs.push_back(r.graphs_run);
-      r.graph_steps.push_back(r.optimizer_steps);
-      if (r.dump.is_open())
-        r.dump << "graph " << r.compiled.size() << ": " << r.in_graph << " ops, run " << r.graphs_run << ", after " << r.optimizer_steps
-               << " optimizer steps, cut by " << by << "\n" << r.text << "\n" << std::flush;
-    }
-    ++r.graphs_run;
-  }
-  r.in_graph = 0;
-  r.hash = kEmptyHash;
-  r.text.clear();
+// ---- layouts ----------------------------------------------------------------------------------
+// The card chooses how a tensor that a graph writes lies in memory. A later graph that takes the
+// tensor is compiled for that layout. Here a layout is a number: 0 as uploaded, then how many
+// graphs have written the tensor, and 2 at most, because the card's choice is stable by then.
+static constexpr int kLastLayout = 2;
+
+struct Block {  // memory of the card
+  void* p;
+  int64_t n;
+  int layout = 0;        // before the graph that wrote it last
+  int64_t written = -1;  // the graph that wrote it last: its number among those that ran
+  static void release(void* block);
+};
+
+static Block* block_of(const Tensor& t) {
+  if (!t.defined() || !t.has_storage() || !t.device().is_hpu()) return nullptr;
+  const auto& memory = t.storage().data_ptr();
+  return memory.get_deleter() == &Block::release ? static_cast<Block*>(memory.get_context()) : nullptr;
 }
-static void ran(const std::string& op, const std::string& arguments) {
-  std::lock_guard<std::mutex> hold(record_.lock);
-  record_.ops.insert(op);
-  const std::string line = op + "(" + arguments + ")\n";
-  for (unsigned char c : line) record_.hash = (record_.hash ^ c) * 1099511628211ull;  // FNV-1a
-  if (record_.dump.is_open()) record_.text += "  " + line;
-  record_.longest = std::max(record_.longest, ++record_.in_graph);
+static int layout_of(const Block& b) {
+  const bool by_an_earlier_graph = b.written >= 0 && b.written < record_.graphs_run;
+  return std::min(kLastLayout, b.layout + by_an_earlier_graph);
 }
-static void synced(std::string by) {  // the host waits for the card, which first runs what it was given
-  std::lock_guard<std::mutex> hold(record_.lock);
-  ++record_.syncs[by];
-  add_event("sync:" + by);
-  cut(by);
+static int layout_of(const Tensor& t) {
+  const Block* b = t.dim() < 2 ? nullptr : block_of(t);  // numbers and vectors have one layout
+  return b ? layout_of(*b) : 0;
 }
-static void fell_back(const std::string& op, const std::string& call) {  // an op without a kernel: its tensors go to the host and back
-  { std::lock_guard<std::mutex> hold(record_.lock); ++record_.fallbacks[call]; record_.ops.insert(op); }
-  const size_t name = call.find("::") + 2;
-  synced(call.substr(name, call.find(' ') - name));
+static void written(const Tensor& t) {  // by an op of the graph since the last cut
+  Block* b = block_of(t);
+  if (!b) return;
+  b->layout = layout_of(*b);
+  b->written = record_.graphs_run;
 }
-static void uploaded(std::string what) {  // "tensor", "seed" of a random draw, "step" of FusedAdamW
-  std::lock_guard<std::mutex> hold(record_.lock);
-  ++record_.uploads[what];
-  add_event(what == "tensor" ? "copy_to_hpu" : "upload:" + what);
-}
-static void mark(std::string by) {  // by: empty when the script cut the graph, else who did (the optimizer, hccl)
-  std::lock_guard<std::mutex> hold(record_.lock);
-  if (by.empty()) ++record_.marks;
-  add_event(by.empty() ? "mark" : "mark:" + by);
-  cut(by.empty() ? "mark_step" : by);
-}
-static std::string report() {
-  std::lock_guard<std::mutex> hold(record_.lock);
-  std::ostringstream out;
-  auto names = [&](const char* key, const auto& values) {
-    const char* comma = "";
-    out << ",\"" << key << "\":[";
-    for (const auto& v : values) { out << comma << '"' << v << '"'; comma = ","; }
-    out << "]";
-  };
-  auto numbers = [&](const char* key, const auto& values) {
-    const char* comma = "";
-    out << ",\"" << key << "\":[";
-    for (int64_t v : values) { out << comma << v; comma = ","; }
-    out << "]";
-  };
-  auto counts = [&](const char* key, const auto& values) {
-    const char* comma = "";
-    out << ",\"" << key << "\":{";
-    for (const auto& [name, n] : values) { out << comma << '"' << name << "\":" << n; comma = ","; }
-    out << "}";
-  };
-  const auto& r = record_;
-  out << "{\"mark_steps\":" << r.marks << ",\"longest_graph\":" << r.longest << ",\"graphs\":" << r.compiled.size()
-      << ",\"graphs_run\":" << r.graphs_run << ",\"optimizer_steps\":" << r.optimizer_steps;
-  numbers("new_graphs", r.new_graphs);
-  numbers("graph_steps", r.graph_steps);
-  counts("syncs_by_op", r.syncs);
-  counts("fallbacks", r.fallbacks);
-  counts("uploads", r.uploads);
-  names("ops", r.ops);
-  names("events", r.events);
-  out << "}";
-  return out.str();
+static void written_by_the_host(const Tensor& t) {
+  Block* b = block_of(t);
+  if (!b) return;
+  b->layout = 0;
+  b->written = -1;
 }
 
-// What a graph is compiled for: of tensors all but the memory, and the value of everything else.
+// ---- what a graph is compiled for: of tensors all but the memory, and the value of everything else
 static const char* name_of(ScalarType t) {
   switch (t) {
-    case kByte: return "uint8"; case kChar: return "int8"; case kShort: return "int16"; case kInt: return "int32"; case kLong: return "int64";
-    case kHalf: return "float16"; case kBFloat16: return "bfloat16"; case kFloat: return "float32"; case kDouble: return "float64";
-    case kBool: return "bool"; default: return c10::toString(t);
+    case kByte: return "uint8";
+    case kChar: return "int8";
+    case kShort: return "int16";
+    case kInt: return "int32";
+    case kLong: return "int64";
+    case kHalf: return "float16";
+    case kBFloat16: return "bfloat16";
+    case kFloat: return "float32";
+    case kDouble: return "float64";
+    case kBool: return "bool";
+    default: return c10::toString(t);
   }
 }
+
 struct Arguments {
   std::string text;
-  Arguments& add(double v) { char s[40]; std::snprintf(s, sizeof s, "%.17g ", v); text += s; return *this; }
-  Arguments& add(int64_t v) { text += std::to_string(v) + " "; return *this; }
-  Arguments& add(bool v) { text += v ? "True " : "False "; return *this; }
+  std::string layouts;  // of the tensors, a digit each
+
+  Arguments& add(double v) {
+    char s[40];
+    std::snprintf(s, sizeof s, "%.17g ", v);
+    text += s;
+    return *this;
+  }
+  Arguments& add(int64_t v) {
+    text += std::to_string(v) + " ";
+    return *this;
+  }
+  Arguments& add(bool v) {
+    text += v ? "True " : "False ";
+    return *this;
+  }
   Arguments& add(IntArrayRef list) {
     text += "[";
     for (int64_t v : list) add(v);
@@ -164,7 +162,10 @@ struct Arguments {
     return *this;
   }
   Arguments& add(const Tensor& t) {
-    if (!t.defined()) { text += "None "; return *this; }
+    if (!t.defined()) {
+      text += "None ";
+      return *this;
+    }
     if (t.device().is_cpu() && t.unsafeGetTensorImpl()->is_wrapped_number()) {  // a Python number: a constant
       const Scalar v = t.item();
       if (v.isComplex()) return add(v.toComplexDouble().real()).add(v.toComplexDouble().imag());
@@ -172,7 +173,11 @@ struct Arguments {
       return v.isIntegral(false) ? add(v.toLong()) : add(v.toDouble());
     }
     text += name_of(t.scalar_type());
-    if (t.device().is_cpu()) { text += "(uploaded) "; return *this; }  // its value is an input
+    if (t.device().is_cpu()) {  // its value is an input
+      text += "(uploaded) ";
+      return *this;
+    }
+    layouts += std::to_string(layout_of(t));
     add(t.sizes()).text += "strides ";
     add(t.strides());
     if (t.storage_offset() == 0) return *this;
@@ -184,7 +189,10 @@ struct Arguments {
     if (v.isDouble()) return add(v.toDouble());
     if (v.isInt()) return add(v.toInt());  // dtypes and memory formats are numbers here
     if (v.isBool()) return add(v.toBool());
-    if (v.isString()) { text += "'" + v.toStringRef() + "' "; return *this; }
+    if (v.isString()) {
+      text += "'" + v.toStringRef() + "' ";
+      return *this;
+    }
     if (v.isList()) {
       text += "[";
       for (const IValue& x : v.toListRef()) add(x);
@@ -196,7 +204,134 @@ struct Arguments {
   }
 };
 
-// Which op has a kernel for which dtype: supported_ops.txt, a line is "op" or "op -dtype -dtype".
+// ---- writing into the record ------------------------------------------------------------------
+static void add_event(const std::string& e) {
+  if (record_.events.size() < kMaxEvents) record_.events.push_back(e);
+}
+
+static void dump_graph(const std::string& cut_by, const char* why) {
+  auto& r = record_;
+  if (!r.dump.is_open()) return;
+  r.dump << "graph " << r.recipes.size() << why << ": " << r.in_graph << " ops, run " << r.graphs_run
+         << ", after " << r.optimizer_steps << " optimizer steps, cut by " << cut_by << "\n"
+         << r.text << "\n" << std::flush;
+}
+
+static void cut(const std::string& by) {  // the caller holds the lock
+  auto& r = record_;
+  bool compiled = false;
+  if (r.in_graph > 0 && r.lazy) {
+    const bool new_graph = r.graphs.insert(r.graph.value).second;
+    compiled = r.recipes.insert(r.recipe.value).second;
+    if (new_graph) {
+      r.new_graphs.push_back(r.graphs_run);
+      r.graph_steps.push_back(r.optimizer_steps);
+      dump_graph(by, "");
+    } else if (compiled) {
+      r.layout_steps.push_back(r.optimizer_steps);
+      dump_graph(by, " (again, for a layout)");
+    }
+    ++r.graphs_run;
+  }
+  r.in_graph = 0;
+  r.graph = r.recipe = Hash();
+  r.text.clear();
+  if (compiled) r.metrics.compiled();
+}
+
+static void ran(const std::string& op, const Arguments& arguments) {
+  std::lock_guard<std::mutex> hold(record_.lock);
+  record_.ops.insert(op);
+  const std::string line = op + "(" + arguments.text + ")\n";
+  record_.graph.add(line);
+  record_.recipe.add(line + arguments.layouts);
+  if (record_.dump.is_open()) record_.text += "  " + arguments.layouts + " " + line;
+  record_.longest = std::max(record_.longest, ++record_.in_graph);
+}
+
+static void synced(std::string by) {  // the host waits for the card, which first runs what it was given
+  std::lock_guard<std::mutex> hold(record_.lock);
+  ++record_.syncs[by];
+  add_event("sync:" + by);
+  cut(by);
+}
+
+// An op without a kernel: its tensors go to the host and back. `call` is the op and a dtype.
+static void fell_back(const std::string& op, const std::string& call) {
+  const std::string name = call.substr(0, call.find(' '));
+  {
+    std::lock_guard<std::mutex> hold(record_.lock);
+    ++record_.fallbacks[call];
+    record_.ops.insert(op);
+    record_.metrics.fell_back(name);
+  }
+  synced(name.substr(name.find("::") + 2));
+}
+
+static void uploaded(std::string what) {  // "tensor", "seed" of a random draw, "step" of FusedAdamW
+  std::lock_guard<std::mutex> hold(record_.lock);
+  ++record_.uploads[what];
+  add_event(what == "tensor" ? "copy_to_hpu" : "upload:" + what);
+}
+
+static void mark(std::string by) {  // by: empty when the script cut the graph, else who did (the optimizer, hccl)
+  std::lock_guard<std::mutex> hold(record_.lock);
+  if (by.empty()) ++record_.marks;
+  add_event(by.empty() ? "mark" : "mark:" + by);
+  cut(by.empty() ? "mark_step" : by);
+}
+
+static std::string report() {
+  std::lock_guard<std::mutex> hold(record_.lock);
+  const auto& r = record_;
+  std::ostringstream out;
+  auto names = [&](const char* key, const auto& values) {
+    const char* comma = "";
+    out << ",\"" << key << "\":[";
+    for (const auto& v : values) {
+      out << comma << '"' << v << '"';
+      comma = ",";
+    }
+    out << "]";
+  };
+  auto numbers = [&](const char* key, const auto& values) {
+    const char* comma = "";
+    out << ",\"" << key << "\":[";
+    for (int64_t v : values) {
+      out << comma << v;
+      comma = ",";
+    }
+    out << "]";
+  };
+  auto counts = [&](const char* key, const auto& values) {
+    const char* comma = "";
+    out << ",\"" << key << "\":{";
+    for (const auto& [name, n] : values) {
+      out << comma << '"' << name << "\":" << n;
+      comma = ",";
+    }
+    out << "}";
+  };
+  out << "{\"mark_steps\":" << r.marks;
+  out << ",\"longest_graph\":" << r.longest;
+  out << ",\"graphs\":" << r.graphs.size();
+  out << ",\"layout_graphs\":" << r.layout_steps.size();
+  out << ",\"graphs_run\":" << r.graphs_run;
+  out << ",\"optimizer_steps\":" << r.optimizer_steps;
+  numbers("new_graphs", r.new_graphs);
+  numbers("graph_steps", r.graph_steps);
+  numbers("layout_steps", r.layout_steps);
+  counts("syncs_by_op", r.syncs);
+  counts("fallbacks", r.fallbacks);
+  counts("uploads", r.uploads);
+  names("ops", r.ops);
+  names("events", r.events);
+  out << "}";
+  return out.str();
+}
+
+// ---- kernels that the card has: supported_ops.txt ---------------------------------------------
+// A line is an op and what it lacks: "op", "op -dtype", "op ->dtype" (a conversion to that dtype).
 static std::map<std::string, std::set<std::string>> supported;
 static void read_supported(const std::vector<std::string>& lines) {
   for (const auto& line : lines) {
@@ -208,33 +343,87 @@ static void read_supported(const std::vector<std::string>& lines) {
   }
 }
 
+// Records a call of an op: part of a graph, or a fall-back to the host.
+// `name` has the overload, `op` has not. `dtype` is that of its first tensor, or empty.
+static void called(const std::string& name, const std::string& op, const std::string& dtype, const Arguments& arguments) {
+  const auto known = op.rfind("aten::", 0) == 0 ? supported.find(op.substr(6)) : supported.end();
+  if (known != supported.end() && !known->second.count(dtype)) ran(name, arguments);
+  else fell_back(name, dtype.empty() ? op : op + " " + dtype);
+}
+static void called(const std::string& op, const Tensor& t, const Arguments& arguments) {
+  called(op, op, name_of(t.scalar_type()), arguments);
+}
+
 // ---- memory, device guard, generator, hooks ---------------------------------------------------
 // A process takes a card when it first needs one. Other processes hold HPU_SIM_BUSY of the machine's HPU_SIM_CARDS.
 static int64_t cards() { return env_int("HPU_SIM_CARDS", 1); }
 static std::atomic<bool> acquired{false};
+static int64_t max_cache_fields = 3;  // of PT_HPU_RECIPE_CACHE_CONFIG
+
+static void print_banner() {  // rank 0 alone
+  std::clog << "============================= HABANA PT BRIDGE CONFIGURATION =========================== \n";
+  const std::pair<const char*, const char*> flags[] = {
+      {"PT_RECIPE_CACHE_PATH", ""},
+      {"PT_CACHE_FOLDER_DELETE", "0"},
+      {"PT_HPU_RECIPE_CACHE_CONFIG", ""},
+      {"PT_HPU_MAX_COMPOUND_OP_SIZE", "9223372036854775807"},
+      {"PT_HPU_LAZY_ACC_PAR_MODE", "1"},
+      {"PT_HPU_ENABLE_REFINE_DYNAMIC_SHAPES", "0"},
+      {"PT_HPU_EAGER_PIPELINE_ENABLE", "1"},
+      {"PT_HPU_EAGER_COLLECTIVE_PIPELINE_ENABLE", "1"},
+  };
+  std::clog << " PT_HPU_LAZY_MODE = " << record_.lazy << "\n";
+  for (const auto& [name, otherwise] : flags) {
+    const char* value = std::getenv(name);
+    std::clog << " " << name << " = " << (value ? value : otherwise) << "\n";
+  }
+  std::clog << "---------------------------: System Configuration :---------------------------\n";
+  std::clog << "Num CPU Cores : " << std::thread::hardware_concurrency() << "\n";
+  std::clog << "CPU RAM       : 32000000 KB\n";
+  std::clog << "------------------------------------------------------------------------------\n" << std::flush;
+}
+
+static void check_recipe_cache() {
+  const char* config = std::getenv("PT_HPU_RECIPE_CACHE_CONFIG");
+  if (!config) return;
+  std::istringstream fields(config);
+  int64_t n = 0;
+  for (std::string field; std::getline(fields, field, ',');) ++n;
+  TORCH_CHECK(n <= max_cache_fields, "Expected number of parameters extracted from PT_HPU_RECIPE_CACHE_CONFIG "
+              "should be from range <1:", max_cache_fields, ">.");
+}
+
 static void acquire() {
   if (acquired) return;
-  TORCH_CHECK(env_int("LOCAL_RANK", 0) < cards() - env_int("HPU_SIM_BUSY", 0), "synStatus=8 [Device not found] Device acquire failed.");
+  TORCH_CHECK(cards() > 0, "synStatus=8 [Device not found] Device acquire failed. No devices found.");
+  const bool is_free = env_int("LOCAL_RANK", 0) < cards() - env_int("HPU_SIM_BUSY", 0);
+  TORCH_CHECK(is_free, "synStatus=8 [Device not found] Device acquire failed.");
+  check_recipe_cache();
   acquired = true;
+  if (env_int("RANK", 0) == 0) print_banner();
 }
 
 static std::atomic<int64_t> bytes_now{0}, bytes_peak{0};
+void Block::release(void* context) {
+  auto* block = static_cast<Block*>(context);
+  bytes_now -= block->n;
+  std::free(block->p);
+  delete block;
+}
+
 struct CardAllocator final : c10::Allocator {
-  struct Block { void* p; int64_t n; };
-  static void release(void* context) {
-    auto* block = static_cast<Block*>(context);
-    bytes_now -= block->n;
-    std::free(block->p);
-    delete block;
-  }
-  c10::DataPtr allocate(size_t n) override {
+  c10::DataPtr allocate(size_t size) override {
     acquire();
+    const int64_t n = size;
     if (n == 0) return {nullptr, kCard};
+    TORCH_CHECK(bytes_now + n <= env_int("HPU_SIM_MEMORY", 32ll << 30), "[Rank:", env_int("RANK", 0),
+                "] FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed for size::", n, " (", n / 1048576.0, ")MB");
     void* p = nullptr;
-    TORCH_CHECK(posix_memalign(&p, 64, n) == 0, "no memory left for the simulated card");  // 64: what the CPU's vector kernels get
-    int64_t now = bytes_now += n;
+    // 64: what the CPU's vector kernels get
+    TORCH_CHECK(posix_memalign(&p, 64, n) == 0, "no memory left for the simulated card");
+    const int64_t now = bytes_now += n;
     for (int64_t peak = bytes_peak; peak < now && !bytes_peak.compare_exchange_weak(peak, now);) {}
-    return {p, new Block{p, static_cast<int64_t>(n)}, &release, kCard};
+    return {p, new Block{p, n}, &Block::release, kCard};
   }
   void copy_data(void* dst, const void* src, std::size_t n) const override { std::memcpy(dst, src, n); }
 };
@@ -299,8 +488,10 @@ struct CardHooks final : HPUHooksInterface {  // isBuilt and isAvailable overrid
 };
 static CardHooks card_hooks;
 
-static int64_t plug_in(bool lazy, std::vector<std::string> supported_ops) {  // called once, by habana_frameworks.torch.core
+// Called once, by habana_frameworks.torch.core.
+static int64_t plug_in(bool lazy, std::vector<std::string> supported_ops, int64_t cache_fields) {
   record_.lazy = lazy;
+  max_cache_fields = cache_fields;
   read_supported(supported_ops);
   if (const char* path = std::getenv("HPU_SIM_GRAPHS")) {
     const char* rank = std::getenv("RANK");
@@ -328,26 +519,32 @@ static Tensor on_card(const Tensor& t) {
   if (!t.defined()) return t;
   Tensor out = at::detail::empty_strided_generic(t.sizes(), t.strides(), &card_memory, DispatchKeySet(DispatchKey::HPU), t.scalar_type());
   on_cpu(out).copy_(t);
+  written(out);
   return out;
 }
 
-// Records a call of an op, before it runs: part of a graph, or a fall-back to the host.
+// Records a call of an op, before it runs.
 static void record_call(const c10::OperatorHandle& op, const std::string& name, c10::ArrayRef<IValue> arguments) {
-  std::string base = op.operator_name().name, dtype;  // aten::add_ of aten::add_.Tensor
+  std::string base = op.operator_name().name;  // aten::add of aten::add_.Tensor
   if (base.back() == '_') base.pop_back();
+  std::string dtype;  // of the first tensor
   Arguments all;
   std::function<void(const IValue&)> look = [&](const IValue& v) {
-    if (v.isList()) for (const IValue& x : v.toListRef()) look(x);
+    if (v.isList()) {
+      for (const IValue& x : v.toListRef()) look(x);
+    }
     if (!v.isTensor() || !v.toTensor().defined()) return;
     const Tensor& t = v.toTensor();
-    if (dtype.empty()) dtype = std::string(" ") + name_of(t.scalar_type());
-    if (t.device().is_cpu() && t.dim() == 0 && !t.unsafeGetTensorImpl()->is_wrapped_number()) uploaded("tensor");
+    if (dtype.empty()) dtype = name_of(t.scalar_type());
+    const bool is_constant = t.unsafeGetTensorImpl()->is_wrapped_number();
+    if (t.device().is_cpu() && t.dim() == 0 && !is_constant) uploaded("tensor");
   };
-  for (const IValue& v : arguments) { look(v); all.add(v); }
+  for (const IValue& v : arguments) {
+    look(v);
+    all.add(v);
+  }
   if (!record_.lazy && op.hasTag(at::Tag::nondeterministic_seeded)) uploaded("seed");
-  const auto known = base.rfind("aten::", 0) == 0 ? supported.find(base.substr(6)) : supported.end();
-  if (known == supported.end() || (!dtype.empty() && known->second.count(dtype.substr(1)))) fell_back(name, base + dtype);
-  else ran(name, all.text);
+  called(name, base, dtype, all);
 }
 
 // Every op without a kernel below: check devices as the card would, run the CPU's kernel on the same memory.
@@ -396,10 +593,16 @@ static void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
   op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
   if (generator) generator->call_itself(kCard);
 
-  for (size_t i = 0; i < args.size(); ++i) {  // an `out` that the CPU's kernel resized has other memory now
-    if (!args[i].alias_info() || !args[i].alias_info()->isWrite() || !seen[i].isTensor() || !given[i].toTensor().defined()) continue;
+  for (size_t i = 0; i < args.size(); ++i) {
+    if (!args[i].alias_info() || !args[i].alias_info()->isWrite()) continue;
+    if (given[i].isTensorList()) {
+      for (const Tensor& t : given[i].toTensorVector()) written(t);
+    }
+    if (!seen[i].isTensor() || !given[i].toTensor().defined()) continue;
     const Tensor& cpu = seen[i].toTensor();
     Tensor card = given[i].toTensor();
+    written(card);
+    // An `out` that the CPU's kernel resized has other memory now.
     if (card.device().is_cpu() || (cpu.sizes() == card.sizes() && cpu.storage().data() == card.storage().data())) continue;
     card.resize_(cpu.sizes());
     on_cpu(card).copy_(cpu);
@@ -435,33 +638,59 @@ static Tensor card_empty_strided(IntArrayRef size, IntArrayRef stride, std::opti
   check_card(device);
   return at::detail::empty_strided_generic(size, stride, &card_memory, DispatchKeySet(DispatchKey::HPU), c10::dtype_or_default(dtype));
 }
+static void record_copy(const Tensor& src, const Tensor& dst) {  // from the card to the card
+  const Arguments both = Arguments().add(src).add(dst);
+  const std::string from = name_of(src.scalar_type());
+  const std::string to = name_of(dst.scalar_type());
+  const auto& lacks = supported["_copy_from"];
+  if (from != to && lacks.count(">" + to)) fell_back("aten::_copy_from", "aten::_copy_from " + from + "->" + to);
+  else called("aten::_copy_from", src, both);
+}
 static Tensor card_copy(const Tensor& src, const Tensor& dst, bool non_blocking) {
-  if (src.device() == dst.device()) ran("aten::_copy_from", Arguments().add(src).add(dst).text);
-  else if (dst.device().is_cpu()) synced(non_blocking ? "copy_to_cpu_non_blocking" : "copy_to_cpu");
+  const bool from_card = src.device() == kCard;
+  const bool to_card = dst.device() == kCard;
+  if (from_card && to_card) record_copy(src, dst);
+  else if (from_card) synced(non_blocking ? "copy_to_cpu_non_blocking" : "copy_to_cpu");
   else uploaded("tensor");
   on_cpu(dst).copy_(on_cpu(src));
+  if (from_card) written(dst);
+  else written_by_the_host(dst);
   return dst;
 }
 static Tensor card_copy_and_resize(const Tensor& src, const Tensor& dst) {
   dst.resize_(src.sizes());
   return card_copy(src, dst, false);
 }
+
+// Views. Each is an op of the graph.
 static Tensor card_as_strided(const Tensor& t, IntArrayRef size, IntArrayRef stride, std::optional<int64_t> offset) {
-  ran("aten::as_strided", Arguments().add(t).add(size).add(stride).add(offset.value_or(t.storage_offset())).text);
+  const int64_t at = offset.value_or(t.storage_offset());
+  called("aten::as_strided", t, Arguments().add(t).add(size).add(stride).add(at));
   return at::native::as_strided_tensorimpl(t, size, stride, offset);
 }
+static Tensor card_permute(const Tensor& t, IntArrayRef dims) {
+  called("aten::permute", t, Arguments().add(t).add(dims));
+  TORCH_CHECK(static_cast<int64_t>(dims.size()) == t.dim(), "permute: ", dims.size(), " dimensions for ", t.dim());
+  std::vector<int64_t> size, stride;
+  for (int64_t dim : dims) {
+    size.push_back(t.size(dim));
+    stride.push_back(t.stride(dim));
+  }
+  return at::native::as_strided_tensorimpl(t, size, stride, t.storage_offset());
+}
 static Tensor card_unfold(const Tensor& t, int64_t dim, int64_t size, int64_t step) {
-  ran("aten::unfold", Arguments().add(t).add(dim).add(size).add(step).text);
+  called("aten::unfold", t, Arguments().add(t).add(dim).add(size).add(step));
   return at::native::unfold(t, dim, size, step);
 }
 static Tensor card_view(const Tensor& t, IntArrayRef size) {
-  ran("aten::view", Arguments().add(t).add(size).text);
+  called("aten::view", t, Arguments().add(t).add(size));
   return at::native::view(t, size);
 }
 static Tensor card_reshape_alias(const Tensor& t, IntArrayRef size, IntArrayRef stride) {
-  ran("aten::_reshape_alias", Arguments().add(t).add(size).add(stride).text);
+  called("aten::_reshape_alias", t, Arguments().add(t).add(size).add(stride));
   return at::native::_reshape_alias(t, size, stride);
 }
+
 static Tensor& card_set(Tensor& t, Storage s, int64_t offset, IntArrayRef size, IntArrayRef stride) {
   return at::cpu::set_(t, s, offset, size, stride);
 }
@@ -477,8 +706,9 @@ static void check_same(const Tensor& a, const Tensor& b, const char* what) {
 }
 static Tensor card_conv(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, IntArrayRef stride, IntArrayRef pad,
                         IntArrayRef dil, bool transposed, IntArrayRef out_pad, int64_t groups) {
-  ran("aten::convolution_overrideable", Arguments().add(x).add(w).add(b.value_or(Tensor())).add(stride).add(pad).add(dil)
-                                            .add(transposed).add(out_pad).add(groups).text);
+  Arguments all;
+  all.add(x).add(w).add(b.value_or(Tensor())).add(stride).add(pad).add(dil).add(transposed).add(out_pad).add(groups);
+  ran("aten::convolution_overrideable", all);
   check_same(x, w, "weight");
   const bool has_bias = b && b->defined();
   if (has_bias) check_same(x, *b, "bias");
@@ -490,7 +720,7 @@ static std::tuple<Tensor, Tensor, Tensor> card_conv_backward(const Tensor& g, co
   Arguments all;
   all.add(g).add(x).add(w).add(stride).add(pad).add(dil).add(transposed).add(out_pad).add(groups);
   for (bool m : mask) all.add(m);
-  ran("aten::convolution_backward_overrideable", all.text);
+  ran("aten::convolution_backward_overrideable", all);
   const std::vector<int64_t> bias_size{transposed ? w.size(1) * groups : w.size(0)};
   auto [gx, gw, gb] = at::convolution_backward(on_cpu(g), on_cpu(x), on_cpu(w), at::OptionalIntArrayRef(bias_size),
                                                stride, pad, dil, transposed, out_pad, groups, mask);
@@ -504,6 +734,7 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
   m.impl("_copy_from", &card_copy);
   m.impl("_copy_from_and_resize", &card_copy_and_resize);
   m.impl("as_strided", &card_as_strided);
+  m.impl("permute", &card_permute);
   m.impl("unfold", &card_unfold);
   m.impl("view", &card_view);
   m.impl("_reshape_alias", &card_reshape_alias);
@@ -587,18 +818,32 @@ TORCH_LIBRARY_IMPL(aten, AutocastHPU, m) {
 
 // ---- what the Python side calls -----------------------------------------------------------------
 TORCH_LIBRARY(hpu_sim, m) {
-  m.def("plug_in(bool lazy, str[] supported_ops) -> int", &plug_in);
+  m.def("plug_in(bool lazy, str[] supported_ops, int cache_fields) -> int", &plug_in);
   m.def("acquire() -> ()", [] { acquire(); });
   m.def("acquired() -> bool", [] { return acquired.load(); });
+  // An op that the Python side computes. It may write all its tensors.
   m.def("ran(str op, Tensor[] tensors, str constants) -> ()", [](std::string op, std::vector<Tensor> tensors, std::string constants) {
     Arguments all;
     for (const Tensor& t : tensors) all.add(t);
-    ran(op, all.text + constants);
+    all.text += constants;
+    ran(op, all);
+    for (const Tensor& t : tensors) written(t);
   });
   m.def("mark(str by) -> ()", &mark);
   m.def("synced(str by) -> ()", [](std::string by) { acquire(); synced(by); });
   m.def("uploaded(str what) -> ()", &uploaded);
-  m.def("optimizer_step() -> ()", [] { std::lock_guard<std::mutex> hold(record_.lock); ++record_.optimizer_steps; });
+  m.def("optimizer_step() -> ()", [] {
+    std::lock_guard<std::mutex> hold(record_.lock);
+    ++record_.optimizer_steps;
+  });
+  m.def("compiled() -> ()", [] {  // a trace of torch.compile
+    std::lock_guard<std::mutex> hold(record_.lock);
+    record_.metrics.compiled();
+  });
+  m.def("end_metrics() -> ()", [] {
+    std::lock_guard<std::mutex> hold(record_.lock);
+    if (acquired) record_.metrics.end();
+  });
   m.def("report() -> str", &report);
   m.def("memory() -> int[]", [] { return std::vector<int64_t>{bytes_now, bytes_peak}; });
   m.def("reset_peak() -> ()", [] { bytes_peak = bytes_now.load(); });

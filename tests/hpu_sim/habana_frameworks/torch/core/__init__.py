@@ -1,7 +1,7 @@
 """Loads the simulated card, as importing the real plugin's core loads the real one.
 
 tests/hpu_sim/README.md lists the environment variables. The import works without a card and with busy cards.
-The first use of the device acquires a card, or fails.
+The first use of the device acquires a card and prints the configuration on stderr, or fails.
 """
 import atexit
 import ctypes
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from habana_frameworks.torch.utils.internal import is_lazy
+from habana_frameworks.torch.utils.internal import RELEASE, is_lazy
 
 try:
     _plug = ctypes.CDLL(None).hpu_sim_on
@@ -25,7 +25,8 @@ torch.ops.load_library(_library)
 _sim = torch.ops.hpu_sim
 _LAZY = is_lazy()
 _supported = (Path(__file__).parents[3] / "supported_ops.txt").read_text().splitlines()
-_plug(ctypes.c_void_p(_sim.plug_in(_LAZY, _supported)))
+_cache_fields = 3 if RELEASE <= (1, 19) else 4  # of PT_HPU_RECIPE_CACHE_CONFIG
+_plug(ctypes.c_void_p(_sim.plug_in(_LAZY, _supported, _cache_fields)))
 
 from habana_frameworks.torch import hpu  # noqa: E402
 
@@ -77,6 +78,7 @@ if not _LAZY:
 def hpu_backend(graph, example_inputs, **_options):
     """What torch.compile(backend="hpu_backend") calls for each trace: the graph runs as it is, op by op."""
     compile_steps.append(json.loads(_sim.report())["optimizer_steps"])
+    _sim.compiled()
     return graph.forward
 
 
@@ -98,5 +100,6 @@ def _write_report(path):
         json.dump(seen, f)
 
 
+atexit.register(_sim.end_metrics)
 if os.environ.get("HPU_SIM_REPORT"):
     atexit.register(_write_report, os.path.abspath(os.environ["HPU_SIM_REPORT"]))

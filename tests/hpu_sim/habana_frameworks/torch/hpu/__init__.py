@@ -1,5 +1,6 @@
 """torch.hpu, as far as a training script meets it."""
 import os
+import warnings
 
 import torch
 
@@ -13,7 +14,7 @@ from habana_frameworks.torch.hpu.random import (  # noqa: F401
     set_rng_state,
 )
 
-LIMIT = 32 << 30  # bytes: a first-generation card
+LIMIT = int(os.environ.get("HPU_SIM_MEMORY", 32 << 30))  # bytes: a first-generation card has 32 GiB
 
 
 def is_available():
@@ -47,6 +48,10 @@ class device:  # with torch.hpu.device(...)
 
 
 def get_device_name(device=None):
+    """Acquires a card. A machine without a card is no error here: a warning, and an empty name."""
+    if not is_available():
+        warnings.warn("Device not available", stacklevel=2)
+        return ""
     torch.ops.hpu_sim.acquire()
     return "GAUDI (simulated)"
 

@@ -1,5 +1,12 @@
-"""Registers the backend `hccl`, which takes card tensors only. Gloo does the work, on the same memory."""
+"""Registers the backend `hccl`, which takes card tensors only. Gloo does the work, on the same memory.
+
+A group ends with a barrier without a time limit: in destroy_process_group(), or at the end of a process that has not
+called it. A rank that ends alone waits there for the others, which wait for the rank. os._exit() skips the barrier.
+"""
+import atexit
 import os
+import signal
+import time
 
 import torch
 import torch.distributed as dist
@@ -45,10 +52,31 @@ def _collective(name, has_result=True):
     return method
 
 
+groups = []  # that have not ended
+
+
 class ProcessGroupHccl(dist.ProcessGroup):
     def __init__(self, store, rank, size, timeout):
         super().__init__(rank, size)
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self.store = store
+        groups.append(self)
+
+    def wait_for_all_ranks(self):
+        """The barrier of the plugin's destructor. It has no time limit.
+
+        The real one waits in C++, where Python's signal handlers do not run. Here they are off.
+        """
+        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {signum: handler for signum, handler in handlers.items() if callable(handler)}
+        for signum in handlers:
+            signal.signal(signum, lambda *_: None)
+        arrived = self.store.add("HOST_BARRIER", 1)
+        while arrived < self.size():
+            time.sleep(0.01)
+            arrived = self.store.add("HOST_BARRIER", 0)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
     _device_types = property(lambda self: [torch.device("hpu")])  # where torch puts pickled objects to send them
 
@@ -71,6 +99,24 @@ if not hasattr(dist.Backend, "HCCL"):
     # Newer torch (2.15) attaches a flight recorder, by the group's name, where a backend does not record itself.
     # A group that is written in Python has no name. Gloo, which does the work here, records itself.
     getattr(dist.distributed_c10d, "_FR_SELF_RECORDING_BACKENDS", set()).add("hccl")
+
+
+def end_groups(group=None):
+    """End `group`, or all groups."""
+    for one in [one for one in groups if group in (None, dist.group.WORLD, one)]:
+        groups.remove(one)
+        one.wait_for_all_ranks()
+
+
+def _wrap_destroy(destroy):
+    def destroy_process_group(group=None):
+        end_groups(group)
+        destroy(group)
+    return destroy_process_group
+
+
+dist.destroy_process_group = _wrap_destroy(dist.destroy_process_group)
+atexit.register(end_groups)  # exit hooks of a script are newer, so they run before it
 
 
 def initialize_distributed_hpu(world_size=None, rank=None, local_rank=None):

@@ -4,8 +4,8 @@
 - the count of steps is param_groups[i]["step"]; state[p]["step"] is there too and stays 0
 - a group without "bias_correction" (one that came from torch's AdamW) is corrected
 - in lazy mode it cuts the graph itself, before each group and after the last
-- the step size (learning rate and bias correction) is uploaded, so it never makes a new graph
-- 1 - weight_decay * lr is a constant of the lazy graph: with weight decay, a new learning rate makes a new graph
+- the step size (learning rate and bias correction) and 1 - weight_decay * lr are inputs of the lazy graph: a new
+  learning rate or decay makes no new graph
 """
 import math
 
@@ -34,7 +34,8 @@ class FusedAdamW(torch.optim.Optimizer):
             if group.get("bias_correction", group.get("correct_bias", True)):
                 lr = lr * math.sqrt(1 - b2 ** group["step"]) / (1 - b1 ** group["step"])
             torch.ops.hpu_sim.uploaded("step")
-            decay, rows = 1 - group["weight_decay"] * group["lr"], []
+            decay = 1 - group["weight_decay"] * group["lr"]
+            rows = []
             for p in params:
                 state = self.state[p]
                 if not state:
@@ -46,7 +47,7 @@ class FusedAdamW(torch.optim.Optimizer):
                                               f"parameter, gradient and moments are on {devices}")
                 rows.append(tensors)
             # One fused op: the record does not show the arithmetic below.
-            constants = f"{b1} {b2} {group['eps']} {decay}"
+            constants = f"{b1} {b2} {group['eps']}"
             torch.ops.hpu_sim.ran("hpu::optimizer_adamw", [t for row in rows for t in row], constants)
             for row in rows:
                 w, g, m, v = map(torch.ops.hpu_sim.on_cpu, row)
