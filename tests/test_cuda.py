@@ -578,10 +578,10 @@ def in_forks(monkeypatch):
 
 
 @pytest.mark.parametrize("limit, function, argument, message", [
-    (60, int, "x", "ValueError: invalid literal"),
+    (300, int, "x", "ValueError: invalid literal"),
     (0.2, time.sleep, 60, "no figure after 0 s"),
-    (60, os._exit, 3, "its process ended with exit status 3"),
-    (60, sys.exit, 2, "SystemExit: 2"),
+    (300, os._exit, 3, "its process ended with exit status 3"),
+    (300, sys.exit, 2, "SystemExit: 2"),
 ])
 def test_an_error_a_hang_and_a_crash_are_reasons_of_one_line(
         limit, function, argument, message, in_forks):
