@@ -254,6 +254,24 @@ def test_a_containers_quota_sets_the_number_of_threads(files, threads, tmp_path,
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("own, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "")])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "interpolate.py"])
+def test_waiting_threads_sleep_unless_the_user_has_set_it(script, own, expected):
+    """The variable is read when torch is imported."""
+    code = f"""
+import os, runpy, sys
+for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+    os.environ.pop(name, None)
+os.environ.update({own})
+sys.argv = [{script!r}, "--help"]
+try:
+    runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
+except SystemExit:
+    print("set to:", os.environ.get("GOMP_SPINCOUNT", ""))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"set to: {expected}", done.stderr
+
+
 # ---- stopping and going on ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
