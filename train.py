@@ -693,7 +693,7 @@ def find_run(args):
 
 
 def restore(dcgan, path, pack):
-    """Continue from a checkpoint: (images, scores). Raises InputError if it does not fit."""
+    """Continue from a checkpoint: (step, images, scores). Raises InputError if it does not fit."""
     try:
         saved = load_file(path)
     except InputError as error:
@@ -716,7 +716,7 @@ def restore(dcgan, path, pack):
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not fit these networks ({one_line(error)}): "
                          "name another --out") from error
-    return saved["images"], saved["scores"]
+    return saved["step"], saved["images"], saved["scores"]
 
 
 def fingerprint(path):
@@ -1118,12 +1118,11 @@ def main(argv=None):
     ranks.connect(device.backend)
     dcgan = DCGAN(args, device, ranks.world)
     unchanged = fingerprint(checkpoint)
-    images, scores = 0, []
+    step, images, scores = 0, 0, []
     if unchanged:
-        images, scores = restore(dcgan, checkpoint, pack)
+        step, images, scores = restore(dcgan, checkpoint, pack)
     elif args.init:
         dcgan.load_networks(find_checkpoint(args.init, "best.pt", "checkpoint.pt"))
-    step = int(dcgan.steps)
     ranks.check_same({"pack": pack.identity, "length in images": total, "progress": images})
 
     # Train.
