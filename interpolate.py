@@ -14,6 +14,7 @@ SPDX-License-Identifier: MIT
 Copyright (c) 2026 the authors of this repository
 """
 import argparse
+import io
 import math
 import os
 import re
@@ -37,11 +38,13 @@ from model import (
     latents,
     load_generator,
     make_folder,
+    make_picture_folder,
     one_line,
     render,
     run_script,
     say,
     seed_list,
+    write_file,
 )
 
 
@@ -121,7 +124,7 @@ def reduce_colours(images):
 
 
 def save_frames(images, folder):
-    make_folder(folder)
+    make_picture_folder(folder)
     before = {path.name for path in folder.glob("*.png")}
     written = set()
     for i, image in enumerate(images):
@@ -136,10 +139,13 @@ def save_frames(images, folder):
 
 
 def write(image, path, **options):
+    data = io.BytesIO()
+    kind = Image.registered_extensions()[path.suffix.lower()]
     try:
-        image.save(path, **options)
-    except (OSError, ValueError) as error:  # a full disk, too many pixels for the format
+        image.save(data, kind, **options)
+    except (OSError, ValueError) as error:  # too many pixels for the format
         raise InputError(f"{path}: {one_line(error)}") from error
+    write_file(path, data.getbuffer())
 
 
 # ---- the command line ----------------------------------------------------------------------------

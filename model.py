@@ -196,8 +196,8 @@ def cut_windows(frames, image_size, mirror=False, generator=None):
     """A random window of each frame: uint8 (N, H, W, 3) → float32 (N, 3, S, S) in [-1, 1].
 
     A window is a square of side s, uniform from S to H, at a random position, resized to S×S
-    (bilinear). This is the write-up's cropping, down-scaling and translation in one batched
-    operation on the frames' device. `mirror` flips half of the windows left to right.
+    (bilinear): cropping, down-scaling and translation in one batched operation on the frames'
+    device. W ≥ H ≥ S. `mirror` flips half of the windows left to right.
     """
     N, H, W, _ = frames.shape
     size, top, left, flip = torch.rand(4, N, 1, device=frames.device, generator=generator)
@@ -265,12 +265,13 @@ class Score:
     """
 
     def __init__(self, train, holdout, image_size):
-        self.frames = min(len(train), len(holdout), 2048)  # how many, of each kind
-        if self.frames < 50:
+        # The number of images that are compared at a time.
+        self.group = min(len(train), len(holdout), 2048)
+        if self.group < 50:
             raise InputError("a score needs 50 training frames and 50 held-out frames: "
                              f"there are {len(train)} and {len(holdout)}")
-        windows = math.ceil(1000 / self.frames)  # of each frame: several in small packs
-        self.images = self.frames * windows
+        windows = math.ceil(1000 / self.group)  # groups: several in small packs
+        self.images = self.group * windows
         self.network = untrained_network(image_size)
 
         held_out = spread_windows(holdout, self.images, image_size)
@@ -285,9 +286,9 @@ class Score:
         return self.compare(self.describe(pictures))
 
     def describe(self, batches):
-        """Batches of images → (sorted projections of each scale, features (k, frames, d)).
+        """Batches of images → (sorted projections of each scale, features (k, group, d)).
 
-        k is the number of windows of a frame. Group i of the features has each frame's i-th window.
+        The k groups are spread evenly over the frames: image i is in group i modulo k.
         """
         generator = torch.Generator().manual_seed(0)
         described = []
@@ -297,7 +298,7 @@ class Score:
             patches.append([random_patches(level, generator) for level in pyramid(images)])
 
         projections = [sorted_projections(torch.cat(parts), generator) for parts in zip(*patches)]
-        return projections, torch.cat(described).unflatten(0, (self.frames, -1)).transpose(0, 1)
+        return projections, torch.cat(described).unflatten(0, (self.group, -1)).transpose(0, 1)
 
     def compare(self, description):
         """(distance, coverage) of what describe() returned."""
@@ -392,12 +393,14 @@ DEVICES = ("auto", "cuda", "hpu", "mps", "cpu")
 
 
 def choose_device(name="auto", local_rank=0):
-    """One of DEVICES → torch.device. It is used once, so that what is wrong with it shows here.
+    """One of DEVICES → torch.device. Computes something on it, so that a broken device fails here.
 
     auto takes a GPU, then a Gaudi card, then the CPU. If one cannot be used, it prints a warning
     and takes the next. local_rank is the number of the GPU. Raises InputError with the library's
     own words.
     """
+    if name not in DEVICES:
+        raise InputError(f"--device {name}: choose one of {', '.join(DEVICES)}")
     if name == "auto":
         candidates = [kind for kind in ("cuda", "hpu") if is_installed(kind)] + ["cpu"]
     else:
@@ -411,7 +414,7 @@ def choose_device(name="auto", local_rank=0):
             if name == kind:
                 raise InputError(f"--device {name}: {one_line(error)}. "
                                  "On a CPU use --device cpu") from error
-            warn(f"{kind} cannot be used: {one_line(error)}. Without another device: the CPU")
+            warn(f"{kind} cannot be used: {one_line(error)}. Trying the next device, or the CPU")
 
 
 def is_installed(kind):
@@ -616,6 +619,33 @@ def make_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}") from error
+
+
+def write_file(path, data):
+    """Replace a file by `data` (bytes). A kill or a full disk leaves the old file."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def make_picture_folder(folder):
+    """make_folder for numbered PNGs. Raises InputError if it has files of another kind."""
+    make_folder(folder)
+    for path in folder.iterdir():
+        picture = path.suffix.lower() in (".jpg", ".jpeg", ".png", ".npy")
+        if picture and not re.fullmatch(r"\d{8,}\.png", path.name):
+            raise InputError(f"{folder} has other files, such as {path.name}: "
+                             "name a new folder with --out")
 
 
 def one_line(error):

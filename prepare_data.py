@@ -1000,8 +1000,13 @@ def check_space(plan, limit, image_size, parent):
 
 
 def existing_parent(out):
-    """The nearest folder above `out` that exists."""
-    return next(folder for folder in out.absolute().parents if folder.exists())
+    """The nearest folder above `out` that exists. Raises InputError if a file is in the way."""
+    for folder in out.absolute().parents:
+        if folder.is_dir():
+            return folder
+        if os.path.lexists(folder):
+            raise InputError(f"{folder} is not a folder, or a link to a missing one: "
+                             "choose another OUT")
 
 
 @contextmanager
@@ -1033,7 +1038,11 @@ def prepare(args):
     args: what parse_args returns.
     """
     if os.path.lexists(args.out):
-        raise InputError(f"{args.out} exists already: choose another OUT, or delete it")
+        if (args.out / "pack.json").exists():
+            raise InputError(f"{args.out} exists already: choose another OUT, or delete it")
+        raise InputError(f"{args.out} exists, and is not a pack. OUT comes last, as in: "
+                         "prepare_data.py photos packs/photos")
+    existing_parent(args.out)
     for source in args.sources:
         check_source(source)
 
@@ -1164,8 +1173,9 @@ def find_pack(data, image_size, out="packs"):
         if (folder / "pack.json").exists():
             return folder
         if not folder.exists():
-            raise InputError(f"there is no {data}: "
-                             f"make it with python prepare_data.py SOURCE {data}")
+            command = f"python prepare_data.py SOURCE {shlex.quote(str(data))}"
+            raise InputError(f"there is no {data}: name a folder of photographs or a pack, "
+                             f"or make a pack with {command}")
         if folder.is_dir() and kind_of_result(set(os.listdir(folder))) == "a run":
             raise InputError(f"{data} is a run: --data wants photographs or a pack")
         sources = [folder.resolve().as_posix()]
@@ -1195,8 +1205,12 @@ def count_new_images(pack, sources):
     """How many images in the sources are neither in a pack nor in its skipped.csv."""
     known = set()
     for name in ("index.csv", "skipped.csv"):
-        with open(pack / name, **TEXT) as file:
-            known.update(row["source file"] for row in csv.DictReader(file))
+        try:
+            with open(pack / name, **TEXT) as file:
+                known.update(row["source file"] for row in csv.DictReader(file))
+        except (OSError, KeyError, csv.Error) as error:
+            raise InputError(f"{pack / name} is damaged ({error!r}): "
+                             f"delete {pack} to make it anew") from error
     files = list_files(sources, skipped=[])
     return sum(1 for path in files if suffix_of(path) in IMAGES and path not in known)
 
@@ -1205,7 +1219,14 @@ def count_new_images(pack, sources):
 
 def source_path(text):
     """An argparse type: an absolute path with /, as all paths inside the program."""
-    return os.path.abspath(text).replace(os.sep, "/")
+    return os.path.abspath(pack_path(text)).replace(os.sep, "/")
+
+
+def pack_path(text):
+    """An argparse type: a Path, with ~ for the home folder. Raises ArgumentTypeError if empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path is empty")
+    return Path(text).expanduser()
 
 
 def name_list(text):
@@ -1220,7 +1241,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("sources", nargs="*", type=source_path, metavar="SOURCE",
         help="folder, .zip or .tar archive with images")
-    add("out", type=Path, metavar="OUT", help="folder of the new pack")
+    add("out", type=pack_path, metavar="OUT", help="folder of the new pack")
     add("--image-size", type=int, choices=(32, 64, 128, 256), default=64,
         help="side of a training image in pixels (default: 64)")
     add("--cities", type=name_list, metavar="A,B", default=[],

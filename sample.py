@@ -52,12 +52,14 @@ from model import (
     load_discriminator,
     load_generator,
     make_folder,
+    make_picture_folder,
     one_line,
     render,
     run_script,
     say,
     seed_list,
     spread_windows,
+    write_file,
 )
 from prepare_data import TEXT, count, open_pack, progress
 
@@ -96,10 +98,13 @@ def join(pictures, columns, padding=2):
 def save_sheet(image, path, content):
     replaced = ", replaced" if path.exists() else ""
     make_folder(path.parent)
+    data = io.BytesIO()
+    kind = Image.registered_extensions()[path.suffix.lower()]
     try:
-        image.save(path, quality=95)  # PNG ignores the quality
-    except (OSError, ValueError) as error:  # a full disk, too many pixels for the format
+        image.save(data, kind, quality=95)  # PNG ignores the quality
+    except (OSError, ValueError) as error:  # too many pixels for the format
         raise InputError(f"{path}: {one_line(error)}") from error
+    write_file(path, data.getbuffer())
     say(f"{path}: {content} ({image.width}×{image.height} pixels{replaced})")
 
 
@@ -151,7 +156,7 @@ def save_pngs(draw, seeds, folder):
 
     Memory stays flat: threads encode one batch at a time, and PIL releases the GIL.
     """
-    make_folder(folder)
+    make_picture_folder(folder)
     before = {path.name for path in folder.glob("*.png")}
     written = set()
     seeds = list(dict.fromkeys(seeds))  # each once
@@ -203,7 +208,7 @@ def save_page(G, latent, args):
 
     replaced = ", replaced" if args.out.exists() else ""
     make_folder(args.out.parent)
-    args.out.write_text(page, encoding="utf-8")
+    write_file(args.out, page.encode())
     size = f"{len(page) / 1000:,.0f} KB"
     say(f"{args.out}: {count(n, 'picture')} ({size}{replaced}). Open it in a browser")
 

@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -33,10 +34,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 
-if __name__ == "__main__":  # torch reads these when it is imported
+if __name__ == "__main__":  # these are read when torch is imported
     # Gaudi's plugin is loaded by choose_device, after its own variables are set.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     # Threads that wait soon sleep. Threads that spin lose their time to any other program.
@@ -53,7 +54,8 @@ from torchvision.utils import make_grid, save_image
 from model import (  # isort: skip
     D_NAMES, DEVICES, G_NAMES, IMAGE_SIZES, NAIVE, PRESETS, SIZES, Discriminator, Generator,
     InputError, Score, choose_device, cut_windows, find_checkpoint, handling, init_weights, latents,
-    load_file, one_line, read_sizes, rebuild, render, run_script, say, spread_windows, warn)
+    load_file, one_line, read_sizes, rebuild, render, run_script, say, spread_windows, warn,
+    write_file)
 from prepare_data import find_pack, open_pack
 
 
@@ -105,10 +107,12 @@ class DCGAN:
             self.D.compile(backend=device.compiler)
 
     def step(self, frames):
-        """One update of D, then one of G: algorithm 1 of Goodfellow et al. 2014 with k = 1.
+        """One update of D, then one of G.
 
         frames: uint8 (N, H, W, 3) on the device. Returns {name: float32 scalar on the device}.
-        Both updates look at the same fakes, so D(G(z)) is known twice: before and after D's update.
+        This is algorithm 1 of Goodfellow et al. 2014 with k = 1, but as in pytorch/examples: both
+        updates look at the same fakes, and G has the non-saturating loss. So D(G(z)) is known
+        twice: before D's update (z1) and after it (z2).
         test_a_step_equals_the_plain_loop_to_rounding in tests/test_train.py shows the same step in
         its well-known form. Do not call .item() here: it waits for the device, and a CUDA graph
         cannot record it.
@@ -120,17 +124,18 @@ class DCGAN:
         # D learns: D(x) rises for real images, and D(G(z)) falls.
         with self.autocast():
             fake = G(z)
+            # The same rounding and layout for both kinds: torch.compile traces D once.
             real = real.to(fake.dtype, memory_format=self.device.layout)
             # Real and fake images go through D apart: each kind has its own batch statistics.
-            on_real = self.logits(real)
-            on_fake = self.logits(fake.detach())  # D's update leaves G alone
+            on_real = self.logits(D, real)
+            on_fake = self.logits(D, fake.detach())  # D's update leaves G alone
         loss_D = d_loss(on_real, on_fake)
         self.update(self.opt_D, loss_D)
 
         # G learns: D(G(z)) rises. D's weights need no gradients, which saves a sixth of the time.
         D.requires_grad_(False)
         with self.autocast():
-            on_fake_after = self.logits(fake)
+            on_fake_after = self.logits(D, fake)
         loss_G = g_loss(on_fake_after)
         with torch.no_grad():
             stats = {
@@ -150,18 +155,21 @@ class DCGAN:
         return z.normal_() if self.args.latent == "normal" else z.uniform_(-1, 1)
 
     def autocast(self):
-        """A new context for each forward pass: it keeps weights in bf16, which updates change."""
-        precision = self.device.precision
-        return torch.autocast(self.device.kind, DTYPES[precision], enabled=precision != "fp32")
+        """Mixed precision. A context caches bf16 copies of the weights.
 
-    def logits(self, images):
+        An update makes them out of date, so each forward pass gets a new context.
+        """
+        dtype = AUTOCAST[self.device.precision]
+        return torch.autocast(self.device.kind, dtype, enabled=dtype is not None)
+
+    def logits(self, D, images):
         """D's float32 logits (N,) of images, with the shifts and the noise that D always sees."""
         if self.args.augment:
             images = translate(images)
         if self.args.instance_noise:
             noise = torch.randn(images.shape, device=images.device)
             images = images + self.args.instance_noise * noise
-        return self.D(images).float()  # the losses are in fp32
+        return D(images).float()  # the losses are in fp32
 
     def update(self, optimizer, loss):
         """One step of an optimizer, with the mean gradient of all processes."""
@@ -176,9 +184,10 @@ class DCGAN:
     def update_average(self, images):
         """Move G_ema towards G's weights as they are before this step's update of G.
 
-        images: how many this step trains on. The average's half-life is a tenth of the run so far:
-        moving by 7/t in step t leaves the weights of step s a share of (s/t)^7, which is 1/2 at
-        s = 0.91 t. In long runs the half-life is 20,000 images.
+        So the average is a step late: on Gaudi, G's update ends the graph. images: how many this
+        step trains on. The half-life is a tenth of the run so far: moving by 7/t in step t leaves
+        the average of step s a share of (s/t)^7, which is 1/2 at s = 0.91 t. In long runs the
+        half-life is 20,000 images.
         """
         self.steps += 1
         least = 1 - 0.5 ** (images / 20_000)
@@ -210,13 +219,11 @@ class DCGAN:
         batch_size = self.args.batch_size
         n = math.ceil(256 / batch_size) * batch_size
         windows = torch.cat(list(spread_windows(frames, n, self.args.image_size)))
-        D = self.D
-        self.D = copy.deepcopy(D)  # the running statistics of the copy change
+        D = copy.deepcopy(self.D)  # the running statistics of the copy change
         with torch.random.fork_rng(devices=[]), self.autocast():
             torch.manual_seed(0)
             parts = windows.split(batch_size)
-            logits = [self.logits(part.to(self.device.kind)) for part in parts]
-        self.D = D
+            logits = [self.logits(D, part.to(self.device.kind)) for part in parts]
         return torch.cat(logits).sigmoid().mean().item()
 
     def state_dict(self):
@@ -339,7 +346,7 @@ def share(frames, ranks, batch_size):
 def cut_stretches(frames, batch_size):
     """(stretches [(start, stop), …] of the frames, steps per epoch).
 
-    A stretch has about 256 MB, and at least eight batches.
+    A stretch has 256 to 512 MB and at least eight batches. A smaller pack is one stretch.
     """
     n = max(1, min(frames.nbytes >> 28, len(frames) // (8 * batch_size)))
     bounds = np.linspace(0, len(frames), n + 1).astype(int)
@@ -354,7 +361,7 @@ def batches(frames, batch_size, seeds, step=0, pin=False):
     shuffled. A pack has its sequences in random order, so a stretch samples hundreds of streets.
     seeds: (--seed, rank). All batches are whole, because Gaudi compiles for each shape: an epoch
     leaves out the rest of a stretch. Two threads read and gather ahead. The memory of a batch is
-    used again: it is valid until the next batch but two is taken.
+    used again when the third batch after it is taken.
     """
     stretches = read_ahead(read_stretches(frames, batch_size, seeds, step), 1)
     return read_ahead(gather(stretches, (batch_size, *frames.shape[1:]), pin), READ_AHEAD)
@@ -371,7 +378,7 @@ def read_stretches(frames, batch_size, seeds, step):
     """
     stretches, steps_per_epoch = cut_stretches(frames, batch_size)
     longest = max(stop - start for start, stop in stretches)
-    buffers = [np.empty((longest, *frames.shape[1:]), np.uint8) for _ in range(2)]
+    buffers = cycle(np.empty((longest, *frames.shape[1:]), np.uint8) for _ in range(2))
     seen = step % steps_per_epoch  # batches of this epoch that the run has seen
 
     for epoch in count(step // steps_per_epoch):
@@ -383,8 +390,7 @@ def read_stretches(frames, batch_size, seeds, step):
             unseen = rows[seen:]
             seen = max(0, seen - whole)
             if len(unseen):
-                buffer = buffers[0][:stop - start]
-                buffers.reverse()
+                buffer = next(buffers)[:stop - start]
                 copy_in_parts(frames[start:stop], buffer)
                 yield buffer, unseen
 
@@ -398,12 +404,11 @@ def copy_in_parts(source, target):
 
 def gather(stretches, shape, pin):
     """Yield batches of `shape` from stretches and their rows."""
-    ring = deque(torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
-                 for _ in range(READ_AHEAD + KEPT))
+    buffers = cycle(torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+                    for _ in range(READ_AHEAD + KEPT))
     for stretch, rows in stretches:
         for row in rows:
-            ring.rotate(-1)
-            batch = ring[0]
+            batch = next(buffers)
             # take() releases the GIL, and starts no OpenMP threads. "clip" writes without a copy.
             stretch.take(row, axis=0, out=batch.numpy(), mode="clip")
             yield batch
@@ -457,7 +462,7 @@ class Feed:
 
 
 # ---- devices -------------------------------------------------------------------------------------
-DTYPES = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # off in fp32
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -481,7 +486,7 @@ def set_up_device(args, local_rank=0):
     set_gaudi_variables(args)
     device = Device(choose_device(args.device, local_rank).type)
     if device.kind == "cpu":
-        # A private name, which can go.
+        # A private function: newer versions of torch may not have it.
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         device.precision = "bf16" if has_bf16 else "fp32"
         device.layout = torch.channels_last
@@ -581,13 +586,15 @@ class Ranks:
     """The processes that train together: torchrun's, or this one. Rank 0 prints and writes."""
 
     def __init__(self):
-        if "WORLD_SIZE" in os.environ and "RANK" not in os.environ:
-            raise InputError("WORLD_SIZE is set and RANK is not: start several processes with "
-                             "torchrun, or unset WORLD_SIZE")
+        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in needed if name not in os.environ]
+        if os.environ.get("WORLD_SIZE", "1") != "1" and missing:
+            raise InputError(f"WORLD_SIZE is set and {missing[0]} is not: start several processes "
+                             "with torchrun, or unset WORLD_SIZE")
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.hosts = None  # a group that waits for processes, and not for their devices
+        self.hosts = None  # a gloo group for numbers on the CPU: it does not wait for the devices
 
     def connect(self, backend):
         if self.world == 1:
@@ -601,7 +608,7 @@ class Ranks:
         atexit.register(leave_the_others)
 
     def largest(self, *numbers):
-        """The largest of each number over all processes, for which it waits: a list of ints."""
+        """The largest of each number over all processes, as a list of ints. Waits for them."""
         numbers = torch.tensor(numbers).int()
         if self.world > 1:
             dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.hosts)
@@ -655,40 +662,33 @@ def seed_step(device, seed, rank, step):
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
-def write_file(path, data):
-    """Replace a file by `data` (bytes). A kill or a full disk leaves the old file."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
 def save_file(path, content):
     """torch.save, through write_file."""
     buffer = io.BytesIO()
-    torch.save(content, buffer, pickle_protocol=2)  # Gaudi's 4 fails elsewhere with weights_only
+    torch.save(content, buffer, pickle_protocol=2)  # with Gaudi's default, 4, weights_only fails
     write_file(path, buffer.getbuffer())
 
 
 def find_run(args):
     """The path of the checkpoint in --out, which need not exist. Raises InputError."""
     out = Path(args.out or "runs")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise InputError(f"--out {out}: {existing} is a file. Name a folder")
+    for folder in (out, *out.absolute().parents):
+        if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to a missing disk
+            raise InputError(f"--out {out}: {folder} is not a folder. Name another one")
     checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists() and not args.resume:
-        raise InputError(f"{out} holds a run: continue it with --resume, "
+    if checkpoint.exists():
+        if not args.resume:
+            raise InputError(f"{out} holds a run: continue it with --resume, "
+                             "or name another folder with --out")
+        return checkpoint
+
+    names = os.listdir(out) if args.out and out.is_dir() else []
+    if os.path.lexists(checkpoint) or any(re.search("[1-9]", path.stem) for path in
+                                          (out / "samples").glob("*.png")):
+        raise InputError(f"{out} has the files of a run, but no checkpoint.pt: put it back, "
                          "or name another folder with --out")
+    if any(name.lower().endswith((".npy", ".jpg", ".jpeg", ".png")) for name in names):
+        raise InputError(f"{out} has other files: name a new folder with --out")
     return checkpoint
 
 
@@ -697,11 +697,13 @@ def restore(dcgan, path, pack):
     try:
         saved = load_file(path)
     except InputError as error:
-        best = path.with_name("best.pt")
-        hint = f". Start a new run from the best: --init {best} --out NEW" if best.exists() else ""
+        others = [path.with_name("best.pt"), *sorted(path.parent.glob("generator-*.pt"))[::-1]]
+        other = next((file for file in others if file.exists()), None)
+        hint = f". Start a new run from {other}: --init {other} --out NEW" if other else ""
         raise InputError(f"{error}{hint}") from error
     if not {"sizes", "pack", "step", "images", "scores"} <= saved.keys():
-        raise InputError(f"{path} is not a checkpoint of this train.py: name another --out")
+        raise InputError(f"{path} is not a checkpoint of this train.py: name another --out, "
+                         f"or start a new run from it: --init {path} --out NEW")
     run = path.parent
     for name in SIZES:
         wanted, has = getattr(dcgan.args, name), saved["sizes"].get(name)
@@ -793,7 +795,7 @@ class Reporter:
                 "and a score needs 50")
 
         write_file(self.out / "args.json", json.dumps(vars(args), indent=1).encode() + b"\n")
-        self.board = SummaryWriter(self.out, purge_step=images + 1)  # drops what a kill made void
+        self.board = SummaryWriter(self.out, purge_step=images + 1)  # hides steps that a kill undid
         self.last_log = step, 0.0, time.perf_counter()
         if not images:
             self.write(step, images, draw=True)  # at a full disk the run ends here
@@ -833,7 +835,7 @@ class Reporter:
             f"Loss_D {stats['Loss_D']:.2f} Loss_G {stats['Loss_G']:.2f} D(x) {stats['D(x)']:.2f} "
             f"D(G(z)) {stats['D(G(z1))']:.2f}/{stats['D(G(z2))']:.2f} {self.rate:,.0f}/s")
         self.logs += 1
-        if self.logs == 2:  # the first line is of one step
+        if self.logs == 2:  # the first rate is that of one step, which is slow
             say(f"{self.rate:,.0f} images/s: about {self.time_left(images)} left")
 
     def time_left(self, images):
@@ -848,7 +850,7 @@ class Reporter:
                     self.board.add_image(name, value, images)
                 else:
                     self.board.add_scalar(name, value, images)
-            self.board.flush()  # before a checkpoint: a run that continues from it logs none again
+            self.board.flush()  # before a checkpoint: a resumed run does not log these again
 
     def save(self, step, images, draw=True):
         """Save a checkpoint; with `draw`, also samples and a score. A full disk gives a warning."""
@@ -911,7 +913,7 @@ class Reporter:
         self.show({"samples": grid}, images)
 
     def has_doubled(self, images):
-        """Whether to keep this generator: at about 1, 2, 4, 8, … times the first."""
+        """Whether to keep this generator: the untrained one, then when the images have doubled."""
         names = [path.stem.removeprefix("generator-") for path in self.out.glob("generator-*.pt")]
         kept = [int(name) for name in names if name.isdigit()]
         return images >= 2 * max(kept, default=0)
@@ -932,7 +934,7 @@ class Reporter:
         older = [old for _, old, covered, *_ in self.scores if covered >= enough]
         row = (score, coverage, real_score, real_coverage, held_out)
         self.scores.append([images, *(round(number, 4) for number in row)])
-        lines = [",".join(map(str, row)) + "\n" for row in (self.COLUMNS, *self.scores)]
+        lines = [",".join(map(str, line)) + "\n" for line in (self.COLUMNS, *self.scores)]
         write_file(self.out / "scores.csv", "".join(lines).encode())
         return coverage >= enough and round(score, 4) < min(older, default=math.inf)
 
@@ -964,8 +966,11 @@ DEFAULTS = dict(
     minutes=0, seed=0, precision="auto", bf16_ops=None, fp32_ops=None, compile=False, graph=False,
     save_minutes=5, log_seconds=10)
 DEMO = dict(preset="demo-64", epochs=1000, minutes=4.5, save_minutes=1)  # without --data
-LEAST = dict(epochs=1, minutes=0, batch_size=2, nz=1, ngf=1, ndf=1, seed=0, lr=0, beta1=0,
-             weight_decay=0, instance_noise=0, save_minutes=0, log_seconds=0)
+LIMITS = dict(  # least and greatest values
+    epochs=(1, 10 ** 9), minutes=(0, math.inf), batch_size=(2, 10 ** 6), nz=(1, 10 ** 6),
+    ngf=(1, 10 ** 5), ndf=(1, 10 ** 5), seed=(0, 2 ** 63 - 1), lr=(0, 1000), beta1=(0, 0.999),
+    weight_decay=(0, 1000), instance_noise=(0, 1000), save_minutes=(0, math.inf),
+    log_seconds=(0, math.inf))
 OLD_FLAGS = ("hmp", "hmp_opt_level", "hmp_verbose")  # of launch scripts for Gaudi's first releases
 
 
@@ -987,7 +992,8 @@ def make_parser():
     add("--minutes", type=float, help="save and stop after this time (default: no limit; "
         "4.5 for drawn streets)")
     add("--seed", type=int, help="seed of weights, order and noise (default: 0)")
-    add("--precision", choices=("auto", *DTYPES), help="auto (default): bf16 if the device has it")
+    add("--precision", choices=("auto", *AUTOCAST),
+        help="auto (default): bf16 if the device has it")
     add("--bf16-ops", "--hmp-bf16", metavar="FILE", help="on hpu: ops to run in bf16, one per line")
     add("--fp32-ops", "--hmp-fp32", metavar="FILE", help="on hpu: ops to run in fp32, one per line")
     add("--compile", action=argparse.BooleanOptionalAction,
@@ -1032,17 +1038,21 @@ def preset_table():
 def parse_args(argv=None, data_options=None):
     """The options of a run. Raises InputError.
 
-    What was typed overrides the resumed run's args.json, that overrides the sizes of --init, those
-    override data_options (what follows from the pack), and they override the preset. With neither a
-    preset nor data_options, the preset and what it sets are None.
+    What was typed overrides the resumed run's args.json, or the sizes of --init in a new run. These
+    override data_options (what follows from the pack) or DEMO, and they override the preset. With
+    neither a preset nor data_options, the preset and what it sets are None.
     """
     typed = vars(make_parser().parse_args(argv))
-    for name, least in LEAST.items():
-        if name in typed and not typed[name] >= least:  # not a number fails too
-            raise InputError(f"{flag(name)} {typed[name]}: choose {least} or more")
-    for name in ("data", "init", "bf16_ops", "fp32_ops"):
-        if typed.get(name):
-            typed[name] = os.path.abspath(typed[name])  # a run can be resumed in another folder
+    for name, (least, most) in LIMITS.items():
+        if name in typed and not least <= typed[name] <= most:  # not a number fails too
+            raise InputError(f"{flag(name)} {typed[name]}: choose from {least} to {most}")
+    for name in ("data", "init", "out", "bf16_ops", "fp32_ops"):
+        if name in typed:
+            if not typed[name]:
+                raise InputError(f"{flag(name)} is empty: name a file or a folder")
+            typed[name] = os.path.expanduser(typed[name])
+            if name != "out":  # a run can be resumed in another folder
+                typed[name] = os.path.abspath(typed[name])
 
     follows = data_options or {}
     if not typed.keys() & {"data", "preset", "init"}:
@@ -1073,12 +1083,18 @@ def read_args(out):
     """The options in a run's args.json, or {} if there is none. Raises InputError."""
     path = Path(out, "args.json")
     try:
-        return json.loads(path.read_bytes())
+        options = json.loads(path.read_bytes())
+        numbers = all(isinstance(options[name], (int, float)) for name in LIMITS)
+        if options["preset"] not in PRESETS or not numbers:
+            raise ValueError("an option is wrong")
+        return options
     except FileNotFoundError:
+        if Path(out, "checkpoint.pt").exists():
+            say(f"{path} is missing: the options of the run come from the command line")
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error)}): "
-                         "delete it, and type the run's options once more") from error
+                         "delete it, and type all of the run's options once more") from error
 
 
 def fit_networks(typed):
@@ -1093,7 +1109,7 @@ def fit_networks(typed):
 
 
 # ---- the program ---------------------------------------------------------------------------------
-@torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
+@torch.random.fork_rng(devices=[])  # the caller's random numbers on the CPU stay as they are
 def main(argv=None):
     # Prepare: options, device, data.
     began = time.monotonic()
@@ -1104,11 +1120,12 @@ def main(argv=None):
     pack = find_data(args, ranks)
     if args.preset is None:
         args = parse_args(argv, follow_data(pack))
+        device = set_up_device(args, ranks.local_rank)  # a resumed run has options of its own
     args.data = str(pack.folder.absolute())
     checkpoint = find_run(args)
     frames = share(pack.train, ranks, args.batch_size)
     images_per_step = args.batch_size * ranks.world
-    images_per_epoch = cut_stretches(frames, args.batch_size)[1] * images_per_step
+    images_per_epoch = int(cut_stretches(frames, args.batch_size)[1]) * images_per_step
     if args.epochs is None:
         args.epochs = max(25, math.ceil(500_000 / images_per_epoch))
     total = args.epochs * images_per_epoch
@@ -1123,6 +1140,9 @@ def main(argv=None):
         step, images, scores = restore(dcgan, checkpoint, pack)
     elif args.init:
         dcgan.load_networks(find_checkpoint(args.init, "best.pt", "checkpoint.pt"))
+    if images - total >= images_per_epoch:
+        raise InputError(f"--epochs {args.epochs}: {args.out} has passed image {total:,}. "
+                         f"Use --epochs {images // images_per_epoch + 1} or more")
     ranks.check_same({"pack": pack.identity, "length in images": total, "progress": images})
 
     # Train.

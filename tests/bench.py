@@ -434,7 +434,7 @@ def measure_card(seconds, words):
     """Yield what --gpu compares with: (name, precision, TFLOP/s, images/s of the plain loop)."""
     args = train.parse_args(["--preset", "naive-64", *words])
     device = train.set_up_device(args)
-    dtype = torch.float32 if device.precision == "fp32" else train.DTYPES[device.precision]
+    dtype = torch.float32 if device.precision == "fp32" else train.AUTOCAST[device.precision]
     matrix = matrix_rate(device.kind, dtype)
     images = torch.rand(128, 3, 64, 64, device=device.kind) * 2 - 1
     plain = plain_rate(itertools.repeat((images,)), seconds, device.kind)

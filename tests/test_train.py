@@ -598,6 +598,11 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
         index.write("holdout,48,Bath,1,1,street.jpg\n")
     damaged = shutil.copytree(trained, tmp_path / "damaged")
     (damaged / "args.json").write_text("{")
+    wrong = shutil.copytree(trained, tmp_path / "wrong")
+    (wrong / "args.json").write_text("{}")
+    lost = shutil.copytree(trained, tmp_path / "lost")
+    (lost / "checkpoint.pt").rename(lost / "keep.pt")
+    (tmp_path / "dead link").symlink_to(tmp_path / "nowhere")
     tiny = [*CPU, "--data", pack]
     for words, says in (
             ([*tiny, "--batch-size", 500], "batch-size"),
@@ -608,10 +613,19 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
             ([*tiny, "--data", trained], f"{trained} is a run: --data wants photographs or a pack"),
             ([*tiny, "--data", tmp_path / "other"], "no images"),
             ([*tiny, "--out", trained], "--resume"),
-            ([*tiny, "--out", tmp_path / "a file"], "a file is a file. Name a folder"),
-            ([*tiny, "--out", tmp_path / "a file" / "run"], "a file is a file. Name a folder"),
-            ([*tiny, "--minutes", -1], "--minutes -1.0: choose 0 or more"),
-            ([*tiny, "--lr", "nan"], "--lr nan: choose 0 or more"),
+            ([*tiny, "--out", tmp_path / "a file"], "a file is not a folder. Name another one"),
+            ([*tiny, "--out", tmp_path / "a file" / "run"], "a file is not a folder. Name another one"),
+            ([*tiny, "--minutes", -1], "--minutes -1.0: choose from 0 to inf"),
+            ([*tiny, "--lr", "nan"], "--lr nan: choose from 0 to 1000"),
+            ([*tiny, "--beta1", 1], "--beta1 1.0: choose from 0 to 0.999"),
+            ([*tiny, "--seed", 10 ** 20], "--seed"),
+            ([*tiny, "--out", ""], "--out is empty"),
+            ([*tiny, "--out", pack], "has other files: name a new folder"),
+            ([*tiny, "--out", lost], "but no checkpoint.pt: put it back"),
+            (["--resume", "--out", lost], "but no checkpoint.pt: put it back"),
+            (["--resume", "--out", trained, "--epochs", 1], "has passed image 128. Use --epochs 3 or more"),
+            (["--resume", "--out", wrong], "args.json cannot be read ('epochs')"),
+            ([*tiny, "--out", "dead link/run"], "is not a folder"),
             (["--resume", "--out", trained, "--ngf", 8], f"--ngf 8: {trained} has --ngf 4. Leave it out"),
             (["--resume", "--out", trained, "--data", other_pack], f"start a new run: --init {trained} --out NEW"),
             (["--resume", "--out", damaged], "args.json cannot be read"),
@@ -624,7 +638,7 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
             ([*tiny, "--sed", 4], "--sed")):
         assert says in refusal(capfd, *words), words
     names = {path.name for path in tmp_path.iterdir()}
-    assert names <= {"a file", "other", "pack", "damaged", "runs"}, "a refused run leaves no files"
+    assert names <= {"a file", "other", "pack", "damaged", "runs", "wrong", "lost", "dead link"}, "a refused run leaves no files"
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
     Image.new("RGB", (300, 200)).save(tmp_path / "other" / "street.jpg")
     for data in (["--data", tmp_path / "other"], []):
