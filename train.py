@@ -769,7 +769,7 @@ class Reporter:
         self.score = None  # a Score, if the pack is large enough
         self.saved = None  # the image of the last save
         self.failed = None  # why the last save failed
-        self.rate = None  # images/s since the line before
+        self.first = None  # (images, time) at the start
         self.logs = 0
         self.last_log = None  # (step, seconds of waiting for data, time)
         self.next_log = 0.0  # when the next line is due, as of time.monotonic()
@@ -797,6 +797,7 @@ class Reporter:
         write_file(self.out / "args.json", json.dumps(vars(args), indent=1).encode() + b"\n")
         self.board = SummaryWriter(self.out, purge_step=images + 1)  # hides steps that a kill undid
         self.last_log = step, 0.0, time.perf_counter()
+        self.first = images, time.perf_counter()
         if not images:
             self.write(step, images, draw=True)  # at a full disk the run ends here
         self.next_save = time.monotonic() + 60 * args.save_minutes
@@ -822,8 +823,8 @@ class Reporter:
         old_step, old_waited, then = self.last_log
         now = time.perf_counter()
         self.last_log = step, waited, now
-        self.rate = (step - old_step) * self.images_per_step() / (now - then)
-        numbers = {**stats, "images/s": self.rate}
+        rate = (step - old_step) * self.images_per_step() / (now - then)
+        numbers = {**stats, "images/s": rate}
         numbers["share of time waiting for data"] = (waited - old_waited) / (now - then)
         if self.dcgan.device.peak_memory:
             numbers["memory in GB"] = self.dcgan.device.peak_memory() / 1e9
@@ -833,13 +834,16 @@ class Reporter:
         epoch = math.ceil(self.args.epochs * images / self.total)
         say(f"[{epoch}/{self.args.epochs}][{step}/{steps}] "
             f"Loss_D {stats['Loss_D']:.2f} Loss_G {stats['Loss_G']:.2f} D(x) {stats['D(x)']:.2f} "
-            f"D(G(z)) {stats['D(G(z1))']:.2f}/{stats['D(G(z2))']:.2f} {self.rate:,.0f}/s")
+            f"D(G(z)) {stats['D(G(z1))']:.2f}/{stats['D(G(z2))']:.2f} {rate:,.0f}/s")
         self.logs += 1
         if self.logs == 2:  # the first rate is that of one step, which is slow
-            say(f"{self.rate:,.0f} images/s: about {self.time_left(images)} left")
+            say(f"{rate:,.0f} images/s: about {self.time_left(images)} left")
 
     def time_left(self, images):
-        seconds = min((self.total - images) / self.rate, self.ends - time.monotonic())
+        """At the mean rate since the start, as a timedelta."""
+        old_images, then = self.first
+        seconds_per_image = (time.perf_counter() - then) / max(1, images - old_images)
+        seconds = min((self.total - images) * seconds_per_image, self.ends - time.monotonic())
         return timedelta(seconds=round(max(0, seconds)))
 
     def show(self, numbers, images):

@@ -802,6 +802,28 @@ def test_a_number_out_of_range_is_refused(words, capsys):
     assert words.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_photographs_are_never_advised_to_be_deleted(tmp_path):
+    write_tree(tmp_path / "photos", streets(3))
+    refused = run("prepare_data.py", "packs/new", "photos", cwd=tmp_path, status=2).stderr
+    assert "OUT comes last" in refused and "delete" not in refused
+
+
+def test_a_link_to_a_missing_disk_is_found_before_any_work(tmp_path):
+    write_tree(tmp_path / "photos", streets(3))
+    (tmp_path / "packs").symlink_to(tmp_path / "unmounted")
+    done = run("prepare_data.py", "photos", "packs/new", cwd=tmp_path, status=2)
+    assert "packs is not a folder, or a link to a missing one" in done.stderr and done.stdout == ""
+
+
+def test_a_table_that_another_program_has_saved_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tree(tmp_path / "photos", streets(20))
+    pack = prepare_data.find_pack("photos", 32)
+    (pack / "index.csv").write_text("split;row;source file\ntrain;0;a.jpg\n")
+    with pytest.raises(InputError, match="index.csv is damaged .*: delete packs/photos-32 to make it anew"):
+        prepare_data.find_pack("photos", 32)
+
+
 def changed(folder, lines):
     """A script: prepare_data.py, changed by `lines` before its main() runs."""
     script = folder / "changed.py"

@@ -365,6 +365,40 @@ def test_a_removed_folder_of_samples_is_made_again(pack, tmp_path):
     assert list((out / "samples").iterdir())
 
 
+def test_a_full_disk_costs_no_picture_that_was_there(trained, tmp_path):
+    """A limit on the size of files is the full disk."""
+    for script, name in (("sample.py", "a.png"), ("sample.py", "a.html"), ("interpolate.py", "a.gif")):
+        words = command(script, "--checkpoint", trained, "--out", tmp_path / name)
+        assert subprocess.run(words, capture_output=True).returncode == 0
+        before = (tmp_path / name).read_bytes()
+        done = shell(f"ulimit -f 2; {subprocess.list2cmdline(words)}")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and name in done.stderr, done.stderr
+        assert (tmp_path / name).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.html", "a.gif"}
+
+
+def test_numbered_pictures_do_not_go_among_photographs(trained, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "beach.jpg").write_text("")
+    for words in (["sample.py", "--separate", "--n", 2], ["interpolate.py", "--frames", 2]):
+        refused = run(*words, "--checkpoint", trained, "--out", tmp_path / "photos", status=2)
+        assert "photos has other files, such as beach.jpg" in refused.stderr
+    assert len(list((tmp_path / "photos").iterdir())) == 1
+
+
+def test_a_home_folder_can_be_written_with_a_tilde(pack, tmp_path):
+    run("train.py", *CPU, "--data", pack, "--epochs", 1, "--out=~/run", cwd=tmp_path, env={"HOME": str(tmp_path)})
+    assert (tmp_path / "run" / "checkpoint.pt").exists() and not (tmp_path / "~").exists()
+
+
+def test_a_resumed_run_without_out_keeps_its_own_options(pack, tmp_path):
+    """Where the data choose the preset, the run's folder is known late."""
+    words = "--nz 8 --ngf 4 --ndf 4 --device cpu --precision fp32 --epochs 1".split()
+    run("train.py", "--data", pack, *words, cwd=tmp_path)
+    done = run("train.py", "--data", pack, "--resume", "--epochs", 2, cwd=tmp_path)
+    assert "small-64 in fp32 on 1 × cpu" in done.stdout
+
+
 def test_a_failing_write_names_the_file(tmp_path, monkeypatch):
     def fail(number):
         raise OSError(22, "Invalid argument")

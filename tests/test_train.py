@@ -133,7 +133,7 @@ def test_a_step_equals_the_plain_loop_to_rounding():
 
 def test_moments_of_another_memory_layout_continue_the_same():
     """Gaudi saves them contiguous, and fused AdamW reads them in the layout of the weights."""
-    args = train.parse_args([*TINY, "--data", "", "--device", "cpu"])
+    args = train.parse_args([*TINY, "--data", "unused", "--device", "cpu"])
     frames = torch.randint(0, 256, (16, 40, 54, 3), dtype=torch.uint8)
     first = train.DCGAN(args, train.set_up_device(args))
     first.step(frames)
@@ -155,7 +155,7 @@ def test_moments_of_another_memory_layout_continue_the_same():
 @pytest.mark.parametrize("scaler, count", [({}, 7), ({"scale": 1024.0}, 5)])
 def test_a_resumed_optimizer_counts_the_steps_that_it_made(scaler, count):
     """Gaudi's optimizer leaves an old number with each weight. In fp16 steps are skipped, and the number is right."""
-    args = train.parse_args([*TINY, "--data", "", "--device", "cpu"])
+    args = train.parse_args([*TINY, "--data", "unused", "--device", "cpu"])
     networks = train.DCGAN(args, train.set_up_device(args))
     networks.step(torch.zeros(16, 40, 54, 3, dtype=torch.uint8))
     saved = networks.state_dict()
@@ -215,7 +215,6 @@ def test_the_best_checkpoint_and_a_few_generators_are_kept(pack, tmp_path):
     networks = train.DCGAN(args, train.set_up_device(args))
     reporter = train.Reporter(args, prepare_data.open_pack(pack), networks, 10 ** 6, math.inf, [], None)
     reporter.start(0, 0)
-    reporter.rate = 1.0
     for step, score, coverage, best in ((1, 50, 0.3, None), (2, 90, 0.4, 2), (3, 95, 0.9, 2), (4, 80, 0.39, 2),
                                         (5, 70, 0.6, 5), (6, 60, 0.1, 5), (7, 65, 0.8, 7)):
         reporter.score = lambda G, latent, both=(score, coverage): both
