@@ -1219,14 +1219,19 @@ def count_new_images(pack, sources):
 
 def source_path(text):
     """An argparse type: an absolute path with /, as all paths inside the program."""
-    return os.path.abspath(pack_path(text)).replace(os.sep, "/")
+    return os.path.abspath(expand(text)).replace(os.sep, "/")
 
 
 def pack_path(text):
-    """An argparse type: a Path, with ~ for the home folder. Raises ArgumentTypeError if empty."""
+    """An argparse type: a Path."""
+    return Path(expand(text))
+
+
+def expand(text):
+    """A path with ~ replaced by the home folder. Raises ArgumentTypeError if it is empty."""
     if not text:
         raise argparse.ArgumentTypeError("a path is empty")
-    return Path(text).expanduser()
+    return os.path.expanduser(text)
 
 
 def name_list(text):

@@ -1055,7 +1055,7 @@ def parse_args(argv=None, data_options=None):
             if not typed[name]:
                 raise InputError(f"{flag(name)} is empty: name a file or a folder")
             typed[name] = os.path.expanduser(typed[name])
-            if name != "out":  # a run can be resumed in another folder
+            if name not in ("data", "out"):  # a run can be resumed in another folder
                 typed[name] = os.path.abspath(typed[name])
 
     follows = data_options or {}
@@ -1125,7 +1125,7 @@ def main(argv=None):
     if args.preset is None:
         args = parse_args(argv, follow_data(pack))
         device = set_up_device(args, ranks.local_rank)  # a resumed run has options of its own
-    args.data = str(pack.folder.absolute())
+    args.data = str(pack.folder.absolute())  # a run can be resumed in another folder
     checkpoint = find_run(args)
     frames = share(pack.train, ranks, args.batch_size)
     images_per_step = args.batch_size * ranks.world

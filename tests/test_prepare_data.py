@@ -963,7 +963,7 @@ def test_a_pack_of_other_images_with_the_same_name_is_not_used(tmp_path, monkeyp
 
 @pytest.mark.parametrize("data, message", [
     ("blank", "blank has no images. Name a folder"),
-    ("packs/msls", "there is no packs/msls: make it with python prepare_data.py SOURCE packs/msls"),
+    ("packs/msls", "or make a pack with python prepare_data.py SOURCE packs/msls"),
     ("run", "run is a run: --data wants photographs or a pack"),
     ("run/args.json", "args.json is not a folder, a .zip or a .tar archive")])
 def test_data_without_pictures_leaves_no_packs_folder(data, message, tmp_path):
