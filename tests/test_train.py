@@ -638,7 +638,8 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
         assert says in refusal(capfd, *words), words
     names = {path.name for path in tmp_path.iterdir()}
     assert names <= {"a file", "other", "pack", "damaged", "runs", "wrong", "lost", "dead link"}, "a refused run leaves no files"
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    for name, value in (("WORLD_SIZE", 2), ("RANK", 0), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))  # as torchrun does
     Image.new("RGB", (300, 200)).save(tmp_path / "other" / "street.jpg")
     for data in (["--data", tmp_path / "other"], []):
         assert "run prepare_data.py first" in refusal(capfd, *CPU, *data)
