@@ -530,12 +530,15 @@ def set_gaudi_variables(args):
     ignored = [flag(name) for name in OLD_FLAGS if hasattr(args, name)]
     if ignored:
         say(f"without effect: {', '.join(ignored)} (bf16 is the default on hpu)")
+    variables = {}
     if args.compile:
-        os.environ["PT_HPU_LAZY_MODE"] = "0"  # eager mode; otherwise choose_device sets lazy mode
+        variables["PT_HPU_LAZY_MODE"] = "0"  # eager mode; otherwise choose_device sets lazy mode
     for file, name in ((args.bf16_ops, "LOWER_PRECISION"), (args.fp32_ops, "FP32")):
         if file:
             check_ops(file)
-            os.environ[f"PT_HPU_AUTOCAST_{name}_OPS_LIST"] = file
+            variables[f"PT_HPU_AUTOCAST_{name}_OPS_LIST"] = file
+    if args.device in ("auto", "hpu"):
+        os.environ.update(variables)
 
 
 def check_ops(file):

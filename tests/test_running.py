@@ -214,6 +214,14 @@ def test_a_main_that_is_called_leaves_no_trace(pack, tmp_path):
     dcgan.load_state_dict(dcgan.state_dict())
 
 
+def test_options_for_gaudi_leave_the_environment_of_other_devices_alone(tmp_path):
+    (tmp_path / "ops").write_text("conv2d\n")
+    before = dict(os.environ)
+    words = ["--preset", "demo-64", "--device", "cpu", "--compile", "--bf16-ops", str(tmp_path / "ops")]
+    train.set_up_device(train.parse_args(words))
+    assert dict(os.environ) == before
+
+
 def test_a_main_that_is_called_in_a_thread_trains(pack, tmp_path):
     words = [*map(str, CPU), "--data", str(pack), "--epochs", "1", "--out", str(tmp_path / "run")]
     thread = threading.Thread(target=train.main, args=(words,))
