@@ -667,14 +667,15 @@ def warn(text):
 def handling(handler, *names):
     """Within it, the signals with these names call handler(signum, frame).
 
-    Ignored signals stay ignored (nohup). Outside the main thread nothing is set, because Python
-    does not allow it.
+    An ignored SIGHUP stays ignored: nohup asks for it. Outside the main thread nothing is set,
+    because Python does not allow it.
     """
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for name in names:
             signum = getattr(signal, name, None)  # Windows has few signals
-            if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:
+            ignored = signum is not None and signal.getsignal(signum) == signal.SIG_IGN
+            if signum is not None and not (ignored and name == "SIGHUP"):
                 previous[signum] = signal.signal(signum, handler)
     try:
         yield
