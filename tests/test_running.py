@@ -421,7 +421,7 @@ def test_an_empty_args_json_is_one_line(trained, tmp_path):
     out = shutil.copytree(trained, tmp_path / "run")
     (out / "args.json").write_text("")
     refused = run("train.py", "--resume", "--out", out, status=2)
-    assert "args.json cannot be read" in refused.stderr and "type the run's options once more" in refused.stderr
+    assert "args.json cannot be read" in refused.stderr and "type all of the run's options once more" in refused.stderr
 
 
 # ---- several jobs and processes -------------------------------------------------------------------------------------
