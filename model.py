@@ -165,6 +165,8 @@ PRESETS = {
                      weight_decay=0.05, instance_noise=0.05),
     # hundreds to some thousands of photographs
     "small-64": dict(NAIVE, ngf=32, ndf=32, batch_size=16, augment=True, mirror=True),
+    "small-128": dict(NAIVE, image_size=128, ngf=16, ndf=16, batch_size=16, augment=True,
+                      mirror=True),
     # drawn streets in five minutes on a CPU
     "demo-64": dict(NAIVE, ngf=16, ndf=16, batch_size=16, lr=4e-4, augment=True),
 }

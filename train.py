@@ -329,8 +329,12 @@ def find_data(args, ranks):
 
 def follow_data(pack):
     """The options that fit a pack, for a command line without a preset: {option: value}."""
-    large = len(pack.train) >= 10_000
-    preset = "naive-64" if large else "small-64"
+    if len(pack.train) >= 10_000:
+        preset = "naive-64"
+    elif pack.image_size > 64:
+        preset = "small-128"
+    else:
+        preset = "small-64"
     return dict(preset=preset, image_size=pack.image_size)
 
 
@@ -989,7 +993,8 @@ def make_parser():
     add = parser.add_argument
     add("--data", help="a pack, an MSLS tree, or any folder of images (default: drawn streets)")
     add("--preset", choices=PRESETS, help="sets the second group of options; see the table below "
-        "(default: small-64, naive-64 from 10,000 training frames on, demo-64 for drawn streets)")
+        "(default: small-64, small-128 for larger images, naive-64 from 10,000 training frames on, "
+        "demo-64 for drawn streets)")
     add("--init", metavar="RUN", help="start a new run from the networks of a run or a file")
     add("--out", help="the run's folder (default: runs/<preset>)")
     add("--resume", action="store_true", help="continue the run in --out, or start it")

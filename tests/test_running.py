@@ -51,13 +51,17 @@ def make_pack(folder, n, image_size=32, held_out=0):
 
 # ---- defaults follow the data ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("n, preset", [(9_999, "small-64"), (10_000, "naive-64")])
-def test_the_preset_and_the_length_follow_from_the_number_of_frames(n, preset, tmp_path):
-    pack = make_pack(tmp_path / "pack", n)
+@pytest.mark.parametrize("n, image_size, preset", [
+    (9_999, 32, "small-64"),
+    (10_000, 32, "naive-64"),
+    (100, 128, "small-128"),
+])
+def test_the_preset_and_the_length_follow_from_the_frames(n, image_size, preset, tmp_path):
+    pack = make_pack(tmp_path / "pack", n, image_size=image_size)
     small = "--nz 8 --ngf 1 --ndf 1 --device cpu --precision fp32 --minutes 0.001".split()
     done = run("train.py", "--data", pack, *small, cwd=tmp_path)
     saved = json.loads((tmp_path / "runs" / preset / "args.json").read_text())
-    assert saved["batch_size"] == model.PRESETS[preset]["batch_size"] and saved["image_size"] == 32
+    assert saved["batch_size"] == model.PRESETS[preset]["batch_size"] and saved["image_size"] == image_size
     images = n // saved["batch_size"] * saved["batch_size"]
     assert saved["epochs"] == -(-500_000 // images), "about 500,000 images"
     steps = images // saved["batch_size"] * saved["epochs"]

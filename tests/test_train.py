@@ -438,7 +438,7 @@ def test_translate_shifts_by_whole_pixels_with_zeros_at_the_border():
 
 def test_augmentation_is_off_in_the_papers_presets_and_on_for_small_packs():
     on = {preset for preset in train.PRESETS if train.parse_args(["--preset", preset]).augment}
-    assert on == {"demo-64", "small-64"}
+    assert on == {"demo-64", "small-64", "small-128"}
     assert not train.parse_args(["--preset", "demo-64", "--no-augment"]).augment
     assert train.parse_args(["--preset", "naive-64", "--augment"]).augment and train.parse_args([]).augment
 
