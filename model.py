@@ -24,6 +24,7 @@ from argparse import ArgumentTypeError
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -120,10 +121,11 @@ def check_image_size(image_size):
 
 
 def init_weights(module):
-    """For `net.apply`: weights N(0, 0.02), batch-norm gains N(1, 0.02), biases 0.
+    """For `net.apply`: weights N(0, 0.02), batch-norm gains N(1, 0.02), their biases 0.
 
-    From the paper (section 4) and its authors' code. A layer with spectral norm computes its weight
-    from another one, `original`, which is the one that is trained and initialised.
+    From the paper (section 4) and its authors' code. Other kinds of layers keep torch's own
+    weights. A layer with spectral norm computes its weight from another one, `original`, which is
+    the one that is trained and initialised.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         weight = module.weight
@@ -168,9 +170,10 @@ PRESETS = {
     "small-128": dict(NAIVE, image_size=128, ngf=16, ndf=16, batch_size=16, augment=True,
                       mirror=True),
     # drawn streets in five minutes on a CPU
-    "demo-64": dict(NAIVE, ngf=16, ndf=16, batch_size=16, lr=4e-4, augment=True),
+    "demo-64": dict(NAIVE, ngf=24, ndf=16, batch_size=16, lr=4e-4, augment=True),
 }
-# The options that a checkpoint's weights fit, and that are saved with them.
+# The options that a checkpoint's weights fit, and that are saved with them. rebuild() passes them
+# to the networks whose arguments have these names.
 SIZES = ("image_size", "kernel_size", "nz", "ngf", "ndf", "latent")
 
 
@@ -234,9 +237,12 @@ def spread_windows(frames, n, image_size):
 def render(G, z, scale=1, batch_size=64):
     """Pictures of latents z (N, nz): uint8 (N, 3, S·scale, S·scale) on the CPU.
 
-    G's device computes them. All batches have one size (zeros fill the last one): a picture depends
-    on its latent alone, and Gaudi compiles once. `scale` enlarges the pictures (bicubic).
+    G is in eval mode, and its device computes them. All batches have one size (zeros fill the last
+    one): a picture depends on its latent alone, and Gaudi compiles once. `scale` enlarges the
+    pictures (bicubic).
     """
+    if G.training:
+        raise ValueError("render needs G.eval(): in training a picture depends on its batch")
     device = next(G.parameters()).device
     pictures = []
     for part in z.split(batch_size):
@@ -251,6 +257,9 @@ def render(G, z, scale=1, batch_size=64):
 
 
 # ---- the score -----------------------------------------------------------------------------------
+SCORED = 50  # frames of each kind that a score needs at least
+
+
 class Score:
     """How close generated pictures are to held-out images: score(G, latent) → (distance, coverage).
 
@@ -261,19 +270,28 @@ class Score:
     neighbour, in the features of an untrained network (Naeem et al. 2020,
     https://arxiv.org/abs/2002.09797). Larger is better. It falls where G repeats itself.
 
-    `train` and `holdout` are uint8 arrays (N, H, W, 3) of frames. `real` holds both figures for
-    training images. Raises InputError with fewer than 50 frames of either kind. The global random
-    numbers stay as they are.
+    `train` and `holdout` are uint8 arrays (N, H, W, 3) of frames, W ≥ H ≥ image_size. G is a module
+    in eval mode with the attribute `nz`: latents (N, nz) → (N, 3, image_size, image_size) in
+    [-1, 1]. `real` holds both figures for training images. Raises InputError for other arrays, and
+    with fewer than 50 frames of either kind. The global random numbers stay as they are.
     """
 
     def __init__(self, train, holdout, image_size):
-        # The number of images that are compared at a time.
-        self.group = min(len(train), len(holdout), 2048)
-        if self.group < 50:
-            raise InputError("a score needs 50 training frames and 50 held-out frames: "
-                             f"there are {len(train)} and {len(holdout)}")
-        windows = math.ceil(1000 / self.group)  # groups: several in small packs
-        self.images = self.group * windows
+        check_image_size(image_size)
+        for frames in (train, holdout):
+            _, H, W, _ = frames.shape
+            if frames.dtype != "uint8" or not image_size <= H <= W:
+                raise InputError("a score needs uint8 frames (N, H, W, 3) with W ≥ H ≥ "
+                                 f"{image_size}: these are {frames.dtype} {frames.shape}")
+
+        # Images are compared in groups of one size. Small packs have several windows of a frame.
+        self.group_size = min(len(train), len(holdout), 2048)
+        if self.group_size < SCORED:
+            raise InputError(f"a score needs {SCORED} training frames and {SCORED} held-out "
+                             f"frames: there are {len(train)} and {len(holdout)}")
+        groups = math.ceil(1000 / self.group_size)
+        self.images = self.group_size * groups
+        self.image_size = image_size
         self.network = untrained_network(image_size)
 
         held_out = spread_windows(holdout, self.images, image_size)
@@ -296,11 +314,15 @@ class Score:
         described = []
         patches = []  # for each batch, a list with the patches of each scale
         for images in batches:
+            if images.shape[-1] != self.image_size:
+                raise InputError(f"G draws {images.shape[-1]} pixels, and this score is for "
+                                 f"{self.image_size}")
             described.append(features(self.network, images))
             patches.append([random_patches(level, generator) for level in pyramid(images)])
 
         projections = [sorted_projections(torch.cat(parts), generator) for parts in zip(*patches)]
-        return projections, torch.cat(described).unflatten(0, (self.group, -1)).transpose(0, 1)
+        described = torch.cat(described).unflatten(0, (self.group_size, -1))
+        return projections, described.transpose(0, 1)
 
     def compare(self, description):
         """(distance, coverage) of what describe() returned."""
@@ -391,6 +413,8 @@ def features(layers, x):
 
 
 # ---- devices -------------------------------------------------------------------------------------
+# A further kind of device is added here, to is_installed and choose_device if `auto` takes it, to
+# use_once if a machine can have several, and to set_up_device in train.py.
 DEVICES = ("auto", "cuda", "hpu", "mps", "cpu")
 
 
@@ -423,7 +447,7 @@ def is_installed(kind):
     """Whether `auto` tries this kind of device. A busy or unsuitable one is installed too."""
     if kind == "cuda":
         return torch.cuda.is_available()  # warns if the driver is too old
-    return find_spec("habana_frameworks") is not None
+    return kind == "hpu" and find_spec("habana_frameworks") is not None
 
 
 def use_once(kind, local_rank):
@@ -560,8 +584,8 @@ def rebuild(network, content, names, path):
     try:
         weights = find_weights(content, names)
         if "sizes" in content:
-            own = ("nz", "ngf") if network is Generator else ("ndf",)
-            sizes = {name: content["sizes"][name] for name in ("image_size", "kernel_size", *own)}
+            own = signature(network).parameters
+            sizes = {name: size for name, size in content["sizes"].items() if name in own}
         else:
             sizes = guess_sizes(network, weights)
         with torch.device("meta"):  # takes no memory until the weights are in

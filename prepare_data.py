@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
-from model import PRESETS, InputError, cut_windows, run_script, say
+from model import IMAGE_SIZES, PRESETS, SCORED, InputError, cut_windows, run_script, say
 
 FORMAT = 1  # version of the pack's files
 SPLITS = ("train", "holdout")
@@ -95,7 +95,6 @@ MAX_PIXELS = 300_000_000   # larger pictures are refused: a small file can claim
 MANY_PIXELS = 50_000_000   # of pictures that are larger when decoded, one is decoded at a time
 MAX_BYTES = 1 << 30        # larger files are refused
 FEW = PRESETS["small-64"]["batch_size"]  # training frames that train.py needs at least
-SCORED = 50                # frames of each split that a score needs at least
 
 
 class Frame(NamedTuple):
@@ -216,7 +215,7 @@ def list_files(sources, skipped):
             suffix = suffix_of(path)
             if isinstance(read, str):  # a reason
                 skipped.append((path, read))
-            elif suffix in IMAGES or suffix == ".csv":
+            elif suffix in IMAGES or (msls and suffix == ".csv"):
                 patches = full[:msls.start(1)].lower().count("patch") if msls else 0
                 found.append((patches, path, read))
             else:
@@ -989,7 +988,8 @@ def check_space(plan, limit, image_size, parent):
     each = H * W * 3 + 300  # bytes; 300 for rows of the tables
     needed = each * min(len(plan), limit or len(plan))
     free = shutil.disk_usage(parent).free
-    say(f"{count(len(plan), 'image')}: at most {size_text(needed)}, {size_text(free)} are free")
+    say(f"{count(len(plan), 'image')}: the pack takes at most {size_text(needed)}, "
+        f"and {size_text(free)} are free")
 
     if needed > free:
         cure = "free some space, or name an OUT on another disk"
@@ -1103,21 +1103,23 @@ def explain_emptiness(sources, skipped):
         return f"{', '.join(sources)} has no images. Name a folder of .jpg or .png files"
     kind = next(iter(count_reasons(skipped)))
     path, reason = next(file for file in skipped if file[1].partition(":")[0] == kind)
-    return f"{list_reasons(skipped)} left out. For example {path}: {reason}"
+    return f"left out: {list_reasons(skipped)}. For example {path}: {reason}"
 
 
 def summarize(counts, skipped):
     """Say what is in a pack, and what it is too small for."""
     for split, cities in counts.items():
         say(f"{split}: {count(sum(cities.values()), 'image')}")
-        for line in shorten([f"{n:12,} {city}" for city, n in cities.items()]):
-            say(line)
+        if len(cities) > 1:
+            for line in shorten([f"{n:12,} {city}" for city, n in cities.items()]):
+                say(line)
     details = " (skipped.csv has the reasons)" if skipped else ""
     say(f"left out: {list_reasons(skipped)}{details}")
 
     train, holdout = (sum(counts[split].values()) for split in SPLITS)
     if min(train, holdout) < SCORED:
-        say(f"train.py shows no score for this pack: a score needs {SCORED} frames in each split")
+        say(f"this pack gets no scores: they need {SCORED} held-out frames and {SCORED} others. "
+            "--holdout 0 keeps all for training")
 
 
 # ---- reading packs ------------------------------------------------------------------------------
@@ -1194,7 +1196,7 @@ def find_pack(data, image_size, out="packs"):
                          f"or train on it with --data {pack}")
     made = time.localtime((pack / "pack.json").stat().st_mtime)
     say(f"using {pack}, made on {time.strftime('%Y-%m-%d %H:%M', made)}. "
-        "Delete it to make a new one.")
+        f"To make a new one, delete it: rm -r {shlex.quote(str(pack))}")
     new = count_new_images(pack, sources)
     if new:
         say(f"{what} has {count(new, 'new image')} since then")
@@ -1247,7 +1249,7 @@ def parse_args(argv=None):
     add("sources", nargs="*", type=source_path, metavar="SOURCE",
         help="folder, .zip or .tar archive with images")
     add("out", type=pack_path, metavar="OUT", help="folder of the new pack")
-    add("--image-size", type=int, choices=(32, 64, 128, 256), default=64,
+    add("--image-size", type=int, choices=IMAGE_SIZES, default=64,
         help="side of a training image in pixels (default: 64)")
     add("--cities", type=name_list, metavar="A,B", default=[],
         help="use only the cities with these folder names (default: all)")

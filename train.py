@@ -21,7 +21,6 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -52,7 +51,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
 from model import (  # isort: skip
-    D_NAMES, DEVICES, G_NAMES, IMAGE_SIZES, NAIVE, PRESETS, SIZES, Discriminator, Generator,
+    D_NAMES, DEVICES, G_NAMES, IMAGE_SIZES, NAIVE, PRESETS, SCORED, SIZES, Discriminator, Generator,
     InputError, Score, choose_device, cut_windows, find_checkpoint, handling, init_weights, latents,
     load_file, one_line, read_sizes, rebuild, render, run_script, say, spread_windows, warn,
     write_file)
@@ -74,7 +73,11 @@ class DCGAN:
     """G, D, their optimizers, and G_ema, the exponential moving average (EMA) of G's weights.
 
     G_ema draws the samples. `args` has the options of the command line, `device` is a Device, and
-    `world` is the number of processes that train together.
+    `world` is the number of processes that train together. In a program of your own:
+
+        args = parse_args(["--preset", "small-64"])
+        dcgan = DCGAN(args, set_up_device(args))
+        stats = dcgan.step(frames)
     """
 
     def __init__(self, args, device, world=1):
@@ -82,7 +85,7 @@ class DCGAN:
         self.device = device
         self.world = world
 
-        torch.manual_seed(args.seed)  # the same weights in all processes
+        torch.manual_seed(args.seed)  # the caller's generator: the same weights in all processes
         G = Generator(args.image_size, args.nz, args.ngf, kernel_size=args.kernel_size)
         G.apply(init_weights)
         D = Discriminator(args.image_size, args.ndf, kernel_size=args.kernel_size)
@@ -137,7 +140,7 @@ class DCGAN:
         with self.autocast():
             on_fake_after = self.logits(D, fake)
         loss_G = g_loss(on_fake_after)
-        with torch.no_grad():
+        with torch.no_grad():  # TensorBoard shows all of them, and Reporter.log prints these five
             stats = {
                 "Loss_D": loss_D.detach(),
                 "Loss_G": loss_G.detach(),
@@ -177,21 +180,22 @@ class DCGAN:
         self.scaler.scale(loss / self.world).backward()
         if self.world > 1:
             add_up([p.grad for p in optimizer.param_groups[0]["params"]])
+        # Here the gradients are complete: measure or clip them here (fp16 has them scaled up).
         self.scaler.step(optimizer)
         self.scaler.update()
 
     @torch.no_grad()
-    def update_average(self, images):
+    def update_average(self, n):
         """Move G_ema towards G's weights as they are before this step's update of G.
 
-        So the average is a step late: on Gaudi, G's update ends the graph. images: how many this
-        step trains on. The half-life is a tenth of the run so far: moving by 7/t in step t leaves
-        the average of step s a share of (s/t)^7, which is 1/2 at s = 0.91 t. In long runs the
-        half-life is 20,000 images.
+        That update comes later, because on Gaudi it ends the graph. n: images of this step in all
+        processes. In step t the average moves by 7/t of the way. The weights of step s then count
+        (s/t)^7, which is 1/2 at s = 0.91 t: half is forgotten in a tenth of the run. In the first 7
+        steps the average is a copy. In long runs half is forgotten in 20,000 images.
         """
         self.steps += 1
-        least = 1 - 0.5 ** (images / 20_000)
-        rate = (7 / self.steps).clamp(least, 1)
+        slowest = 1 - 0.5 ** (n / 20_000)
+        rate = (7 / self.steps).clamp(slowest, 1)
         for average, weight in zip(self.G_ema.parameters(), self.G.parameters()):
             average.lerp_(weight, rate)
 
@@ -201,6 +205,8 @@ class DCGAN:
 
         The training is the same with and without a call.
         """
+        for average, own in zip(self.G_ema.buffers(), self.G.buffers()):
+            average.copy_(own)  # of layers that you add: spectral norm keeps vectors there
         for layer in self.G_ema.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
                 layer.reset_running_stats()
@@ -214,7 +220,7 @@ class DCGAN:
         """Mean D(x) of about 256 windows of held-out frames, an array (N, H, W, 3).
 
         As in training, each batch has its own statistics. The training is the same with and
-        without a call.
+        without a call, because seed_step seeds each step.
         """
         batch_size = self.args.batch_size
         n = math.ceil(256 / batch_size) * batch_size
@@ -237,7 +243,10 @@ class DCGAN:
         })
 
     def load_state_dict(self, saved):
-        """Continue bit for bit from what state_dict gave, with the command line's options."""
+        """Continue bit for bit from what state_dict gave, with the command line's options.
+
+        There is no random state in it: seed_step seeds each step.
+        """
         for name in ("G", "D", "G_ema"):
             getattr(self, name).load_state_dict(saved[name])
         self.load_optimizer(self.opt_G, saved["opt_G"], saved)
@@ -247,9 +256,11 @@ class DCGAN:
             self.scaler.load_state_dict(saved["scaler"])
 
     def load_optimizer(self, optimizer, state, saved):
-        """Gaudi's AdamW counts steps in the group, torch's counts them with each parameter.
+        """Give an optimizer the moments of a checkpoint, which any kind of device can have saved.
 
-        The count is the run's, except in fp16, where the scaler skips steps.
+        The learning rate is the command line's. torch counts steps with each parameter, Gaudi in
+        the group: both get the run's count. In fp16 the saved counts stay, because the scaler skips
+        steps.
         """
         group = optimizer.state_dict()["param_groups"][0]
         group["step"] = saved["step"]
@@ -322,12 +333,13 @@ def find_data(args, ranks):
                          "and name its output with --data")
     pack = open_pack(find_pack(args.data, args.image_size or 64))
     if args.image_size not in (None, pack.image_size):
-        raise InputError(f"{pack.folder} is a pack for --image-size {pack.image_size}: "
-                         "choose a preset of that size")
+        raise InputError(f"{pack.folder} is a pack for {pack.image_size} pixels, not "
+                         f"{args.image_size}: add --image-size {pack.image_size}, "
+                         "or name another pack")
     return pack
 
 
-def follow_data(pack):
+def options_for(pack):
     """The options that fit a pack, for a command line without a preset: {option: value}."""
     if len(pack.train) >= 10_000:
         preset = "naive-64"
@@ -343,7 +355,7 @@ def share(frames, ranks, batch_size):
     n = len(frames) // ranks.world
     if batch_size > n:
         raise InputError(f"--batch-size {batch_size} is more than the {n} training frames "
-                         "of a process")
+                         "of a process: use a smaller one, or more images")
     return frames[ranks.rank * n:(ranks.rank + 1) * n]
 
 
@@ -352,8 +364,8 @@ def cut_stretches(frames, batch_size):
 
     A stretch has 256 to 512 MB and at least eight batches. A smaller pack is one stretch.
     """
-    n = max(1, min(frames.nbytes >> 28, len(frames) // (8 * batch_size)))
-    bounds = np.linspace(0, len(frames), n + 1).astype(int)
+    n = max(1, min(frames.nbytes // (256 * 2 ** 20), len(frames) // (8 * batch_size)))
+    bounds = np.linspace(0, len(frames), n + 1).astype(int).tolist()
     stretches = list(zip(bounds[:-1], bounds[1:]))
     return stretches, sum((stop - start) // batch_size for start, stop in stretches)
 
@@ -459,9 +471,9 @@ class Feed:
             return batch.to(self.kind)
         with torch.cuda.stream(self.upload):
             uploaded = batch.to(self.kind, non_blocking=True)
-        step = torch.cuda.current_stream()
-        step.wait_stream(self.upload)
-        uploaded.record_stream(step)  # its memory is free after the step, not after the upload
+        compute = torch.cuda.current_stream()
+        compute.wait_stream(self.upload)
+        uploaded.record_stream(compute)  # its memory is free after the step, not after the upload
         return uploaded
 
 
@@ -678,20 +690,21 @@ def save_file(path, content):
 
 def find_run(args):
     """The path of the checkpoint in --out, which need not exist. Raises InputError."""
-    out = Path(args.out or "runs")
+    out = Path(args.out or "runs")  # the pack can still choose a folder in runs
     for folder in (out, *out.absolute().parents):
         if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to a missing disk
             raise InputError(f"--out {out}: {folder} is not a folder. Name another one")
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         if not args.resume:
-            raise InputError(f"{out} holds a run: continue it with --resume, "
-                             "or name another folder with --out")
+            raise InputError(f"{out} holds a run: continue it with --resume. For a new run, or "
+                             "for other images, name another folder with --out")
         return checkpoint
 
     names = os.listdir(out) if args.out and out.is_dir() else []
-    if os.path.lexists(checkpoint) or any(re.search("[1-9]", path.stem) for path in
-                                          (out / "samples").glob("*.png")):
+    # A start that was killed leaves 000000000.png alone, and can start again.
+    samples = [path.stem for path in (out / "samples").glob("*.png")]
+    if os.path.lexists(checkpoint) or any(stem.strip("0") for stem in samples):
         raise InputError(f"{out} has the files of a run, but no checkpoint.pt: put it back, "
                          "or name another folder with --out")
     if any(name.lower().endswith((".npy", ".jpg", ".jpeg", ".png")) for name in names):
@@ -713,7 +726,8 @@ def restore(dcgan, path, pack):
                          f"or start a new run from it: --init {path} --out NEW")
     run = path.parent
     for name in SIZES:
-        wanted, has = getattr(dcgan.args, name), saved["sizes"].get(name)
+        wanted = getattr(dcgan.args, name)
+        has = saved["sizes"].get(name, wanted)  # an older run does not know a new option
         if wanted != has:
             raise InputError(f"{flag(name)} {wanted}: {run} has {flag(name)} {has}. Leave it out, "
                              "or name another --out")
@@ -795,11 +809,11 @@ class Reporter:
         if step + steps < 1000:
             say(f"only {step + steps} steps in all: use a larger --epochs, "
                 "because a GAN learns little in so few")
-        if min(len(pack.train), len(pack.holdout)) >= 50:
+        if min(len(pack.train), len(pack.holdout)) >= SCORED:
             self.score = Score(pack.train, pack.holdout, pack.image_size)
         else:
-            say(f"no scores and no best.pt: {len(pack.holdout)} frames are held out, "
-                "and a score needs 50")
+            say(f"no scores and no best.pt: there are {len(pack.holdout)} held-out frames and "
+                f"{len(pack.train)} others, and a score needs {SCORED} of each")
 
         write_file(self.out / "args.json", json.dumps(vars(args), indent=1).encode() + b"\n")
         self.board = SummaryWriter(self.out, purge_step=images + 1)  # hides steps that a kill undid
@@ -954,14 +968,16 @@ class Reporter:
         if stats and step != self.last_log[0]:
             self.log(step, images, stats, waited)
         if stats and images != self.saved:
-            self.save(step, images, draw=not signum)
+            self.save(step, images, draw=not signum)  # a signal leaves little time
         with suppress(OSError):
             self.board.close()
         again = f"python train.py --resume --out {shlex.quote(str(self.out))}"
+        if self.dcgan.world > 1:
+            again = "the same command, with --resume"
         if signum:
             say(f"stopped and saved at image {images:,}; go on with: {again}")
         elif late:
-            say(f"stopped at image {images:,} after {self.args.minutes:g} minutes (--minutes); "
+            say(f"stopped at image {images:,}, after --minutes {self.args.minutes:g}; "
                 f"go on with: {again}")
         else:
             more = 2 * self.args.epochs
@@ -1051,8 +1067,8 @@ def parse_args(argv=None, data_options=None):
     """The options of a run. Raises InputError.
 
     What was typed overrides the resumed run's args.json, or the sizes of --init in a new run. These
-    override data_options (what follows from the pack) or DEMO, and they override the preset. With
-    neither a preset nor data_options, the preset and what it sets are None.
+    override data_options (what options_for the pack gives) or DEMO, and they override the preset.
+    With neither a preset nor data_options, the preset and what it sets are None.
     """
     typed = vars(make_parser().parse_args(argv))
     for name, (least, most) in LIMITS.items():
@@ -1080,7 +1096,7 @@ def parse_args(argv=None, data_options=None):
             raise InputError(f"--preset {preset}: {out} is a run of {saved['preset']}. "
                              "Name another --out")
     elif "init" in typed:
-        saved = fit_networks(typed)
+        saved = sizes_of_init(typed)
 
     options = dict.fromkeys(NAIVE) | DEFAULTS | PRESETS.get(preset, {}) | follows | saved | typed
     return argparse.Namespace(**options | dict(out=out))
@@ -1096,7 +1112,7 @@ def read_args(out):
     path = Path(out, "args.json")
     try:
         options = json.loads(path.read_bytes())
-        numbers = all(isinstance(options[name], (int, float)) for name in LIMITS)
+        numbers = all(isinstance(options.get(name, 0), (int, float)) for name in LIMITS)
         if options["preset"] not in PRESETS or not numbers:
             raise ValueError("an option is wrong")
         return options
@@ -1109,7 +1125,7 @@ def read_args(out):
                          "delete it, and type all of the run's options once more") from error
 
 
-def fit_networks(typed):
+def sizes_of_init(typed):
     """The sizes of the networks that --init names. Raises InputError if others were typed."""
     path = find_checkpoint(typed["init"], "best.pt", "checkpoint.pt")
     sizes = read_sizes(path)
@@ -1123,6 +1139,10 @@ def fit_networks(typed):
 # ---- the program ---------------------------------------------------------------------------------
 @torch.random.fork_rng(devices=[])  # the caller's random numbers on the CPU stay as they are
 def main(argv=None):
+    """Train a run, and return its DCGAN. Exits with 128 + the number of a signal that stopped it.
+
+    argv: the command line's words. Raises InputError, and OSError for a full disk.
+    """
     # Prepare: options, device, data.
     began = time.monotonic()
     ranks = Ranks()
@@ -1130,14 +1150,14 @@ def main(argv=None):
     find_run(args)  # an existing run is noticed before a long preparation
     device = set_up_device(args, ranks.local_rank)
     pack = find_data(args, ranks)
-    if args.preset is None:
-        args = parse_args(argv, follow_data(pack))
-        device = set_up_device(args, ranks.local_rank)  # a resumed run has options of its own
+    if args.preset is None:  # the pack chooses one, and it decides about --out and --resume
+        args = parse_args(argv, options_for(pack))
+        device = set_up_device(args, ranks.local_rank)
     args.data = str(pack.folder.absolute())  # a run can be resumed in another folder
     checkpoint = find_run(args)
     frames = share(pack.train, ranks, args.batch_size)
     images_per_step = args.batch_size * ranks.world
-    images_per_epoch = int(cut_stretches(frames, args.batch_size)[1]) * images_per_step
+    images_per_epoch = cut_stretches(frames, args.batch_size)[1] * images_per_step
     if args.epochs is None:
         args.epochs = max(25, math.ceil(500_000 / images_per_epoch))
     total = args.epochs * images_per_epoch
@@ -1152,14 +1172,15 @@ def main(argv=None):
         step, images, scores = restore(dcgan, checkpoint, pack)
     elif args.init:
         dcgan.load_networks(find_checkpoint(args.init, "best.pt", "checkpoint.pt"))
-    if images - total >= images_per_epoch:
+    if images - total >= images_per_epoch:  # less: the run had batches of another size
         raise InputError(f"--epochs {args.epochs}: {args.out} has passed image {total:,}. "
                          f"Use --epochs {images // images_per_epoch + 1} or more")
     ranks.check_same({"pack": pack.identity, "length in images": total, "progress": images})
 
     # Train.
     seeds = args.seed, ranks.rank
-    stream = batches(frames, args.batch_size, seeds, images // images_per_step, device.pin)
+    seen = images // images_per_step  # in batches of today's size; `step` counts all updates
+    stream = batches(frames, args.batch_size, seeds, seen, device.pin)
     feed = Feed(stream, device)
     train_step = graphed(dcgan.step) if args.graph else dcgan.step
     reporter = None
@@ -1177,7 +1198,7 @@ def main(argv=None):
             images += images_per_step
             if reporter:
                 reporter.after_step(step, images, stats, feed.waited)
-            if ranks.world == 1 or step % 10 == 0:
+            if ranks.world == 1 or step % 10 == 0:  # several stop together, and asking takes time
                 signum, late = ranks.largest(max(received, default=0), time.monotonic() > ends)
 
         # End.

@@ -530,14 +530,14 @@ def test_backslashes_in_a_zip_are_separators(packed, msls, tmp_path):
 
 def test_files_that_are_not_read_are_counted_by_suffix_and_listed(tmp_path):
     other = ["1.heic", "2.HEIC", "3.avif", "clip.mov", "README", "inner.zip", "all.tar.gz", "old.7z", "odd.a b c",
-             "Thumbs.db", "two\nlines.x\ny"]
+             "Thumbs.db", "two\nlines.x\ny", "raw.csv"]
     home = write_tree(tmp_path / "in", streets(20) | {name: b"?" for name in other if name != "inner.zip"})
     write_zip(home / "outer.zip", {"inner.zip": b"PK"} | streets(20, 20))
     text = run(*PREPARE, home, tmp_path / "out").stdout
     line = next(line for line in text.splitlines() if line.startswith("ignored: "))
     assert line.startswith("ignored: ") and "3 other" in line
     for kind in ("2 .heic (convert them to JPEG)", "1 .avif (convert them to JPEG)", "1 .mov", "1 .zip (extract them)",
-                 "1 .gz (extract them)", "1 .7z (extract them)", "1 .db"):
+                 "1 .gz (extract them)", "1 .7z (extract them)", "1 .db", "1 .csv"):
         assert kind in line
     why = reasons(tmp_path / "out")
     assert set(why) == {f"in/{name}" for name in other if name != "inner.zip"} | {"in/outer/inner.zip"}
@@ -551,7 +551,7 @@ def test_files_that_are_not_read_are_counted_by_suffix_and_listed(tmp_path):
     ({"a.jpg": b"<!DOCTYPE html>", "b.jpg": encode(street(0))[:600]}, "in/"),
     ({"a.heic": b"?"}, "in/a.heic: ignored: .heic (convert them to JPEG)"),
     ({".a/b.jpg": encode(street(0))}, "in/.a: hidden"),
-    ({"clip.mov": b"?"}, "no images to train on: 1 ignored left out. For example in/clip.mov: ignored: .mov"),
+    ({"clip.mov": b"?"}, "no images to train on: left out: 1 ignored. For example in/clip.mov: ignored: .mov"),
     ({}, "in has no images. Name a folder of .jpg or .png files")])
 def test_if_nothing_can_be_used_the_error_has_one_reason_in_full(files, message, tmp_path):
     (tmp_path / "in").mkdir()
@@ -567,7 +567,7 @@ def test_an_encrypted_archive_says_so(tmp_path):
             data[entry.start() + flags] |= 1
     (tmp_path / "in.zip").write_bytes(data)
     stderr = run(*PREPARE, tmp_path / "in.zip", tmp_path / "out", status=2).stderr
-    assert "3 unreadable image left out. For example in/" in stderr and "encrypted in its archive" in stderr
+    assert "left out: 3 unreadable image. For example in/" in stderr and "encrypted in its archive" in stderr
 
 
 def test_special_files_are_not_opened(tmp_path):
@@ -671,7 +671,7 @@ def test_photographs_are_told_what_concerns_photographs(tmp_path):
                                                  (60, "", "")])
 def test_few_photographs_are_told_what_will_be_missing(n, training, advice, tmp_path):
     text = run(*PREPARE, write_tree(tmp_path / "in", streets(n)), tmp_path / "my pack").stdout
-    assert "train.py shows no score for this pack: a score needs 50 frames in each split" in text
+    assert "this pack gets no scores: they need 50 held-out frames and 50 others. --holdout 0 keeps all" in text
     assert ("too few sequences to hold any out" in text) == (n < 20) and f"train: {training}" in text
     command = f"python train.py --data '{tmp_path / 'my pack'}'{advice}"
     assert "training needs more images" in text if n == 1 else text.endswith(f"train on it with: {command}\n")
@@ -726,7 +726,7 @@ def test_short_work_shows_no_progress(packed):
 
 
 def test_sizes_are_in_megabytes_where_gigabytes_would_be_none(packed):
-    assert re.search(r"^78 images: at most 0.5 MB, [\d,.]+ [MG]B are free$", packed[1], re.M)
+    assert re.search(r"^78 images: the pack takes at most 0.5 MB, and [\d,.]+ [MG]B are free$", packed[1], re.M)
 
 
 def test_a_disk_without_any_space_is_told_without_a_limit_of_0(tree, tmp_path):
@@ -947,7 +947,7 @@ def test_training_on_raw_images_prepares_them_once_and_says_which_pack_it_uses(t
     name = f"packs/{tree.name}-32"
     assert f"preparing {name}" in run(*words, "--out", "a", cwd=tmp_path).stdout
     text = run(*words, "--out", "b", cwd=tmp_path).stdout
-    assert f"using {name}, made on {time.strftime('%Y-')}" in text and "Delete it to make a new one" in text
+    assert f"using {name}, made on {time.strftime('%Y-')}" in text and "To make a new one, delete it: rm -r" in text
     assert [path.name for path in (tmp_path / "packs").iterdir()] == [f"{tree.name}-32"]
 
 

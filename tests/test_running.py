@@ -132,11 +132,14 @@ def test_a_file_with_g_alone_gives_a_new_d_and_one_line_says_so(trained, pack, t
 
 # ---- a changed project ----------------------------------------------------------------------------------------------
 
-CHANGES = {
-    "a generator with one more layer": ("model.py", "        layers += [  # → (nc) x 64 x 64", """
+CHANGES = {  # [(file, text, its replacement), …]
+    "a generator with one more layer": [
+        ("model.py", "        layers += [  # → (nc) x 64 x 64", """
         layers += [nn.Conv2d(ngf, ngf, 3, padding=1), nn.BatchNorm2d(ngf), nn.ReLU()]
         layers += [  # → (nc) x 64 x 64"""),
-    "a discriminator with SiLU": ("model.py", """                nn.BatchNorm2d(2 * width),
+    ],
+    "a discriminator with SiLU": [
+        ("model.py", """                nn.BatchNorm2d(2 * width),
                 nn.LeakyReLU(0.2),
             ]
             width *= 2
@@ -145,15 +148,37 @@ CHANGES = {
             ]
             width *= 2
         layers += [  # → 1 x 1 x 1"""),
-    "a discriminator with spectral norm": (
-        "model.py", "nn.Conv2d(width, 2 * width, **halve),",
-        "torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(width, 2 * width, **halve)),"),
-    "a hinge loss": ("train.py", "    return F.softplus(-on_real).mean() + F.softplus(on_fake).mean()",
-                     "    return F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()"),
-    "one more number in the log": ("train.py", """                "Loss_G": loss_G.detach(),
+    ],
+    "a discriminator with spectral norm": [
+        ("model.py", "nn.Conv2d(width, 2 * width, **halve),",
+         "torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(width, 2 * width, **halve)),"),
+    ],
+    "a hinge loss": [
+        ("train.py", "    return F.softplus(-on_real).mean() + F.softplus(on_fake).mean()",
+         "    return F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()"),
+    ],
+    "one more number in the log": [
+        ("train.py", """                "Loss_G": loss_G.detach(),
 """, """                "Loss_G": loss_G.detach(),
                 "logits": on_real.mean(),
 """),
+    ],
+    "a new size of G": [
+        ("model.py", "nz=100, ngf=64, nc=3, kernel_size=4):", "nz=100, ngf=64, nc=3, kernel_size=4, more=0):"),
+        ("model.py", "        layers += [  # → (nc) x 64 x 64", """
+        layers += more * [nn.Conv2d(ngf, ngf, 3, padding=1), nn.BatchNorm2d(ngf), nn.ReLU()]
+        layers += [  # → (nc) x 64 x 64"""),
+        ("model.py", "    mirror=False,", "    more=1,\n    mirror=False,"),
+        ("model.py", 'SIZES = ("image_size",', 'SIZES = ("more", "image_size",'),
+        ("train.py", "kernel_size=args.kernel_size)\n        G.apply", "kernel_size=args.kernel_size, more=args.more)\n        G.apply"),
+        ("train.py", '    add("--nz",', '    add("--more", type=int)\n    add("--nz",'),
+    ],
+    "a new option": [  # which older runs do not have
+        ("model.py", "    mirror=False,", "    beta2=0.999,\n    mirror=False,"),
+        ("train.py", "beta1=(0, 0.999),", "beta1=(0, 0.999), beta2=(0, 1),"),
+        ("train.py", "betas=(args.beta1, 0.999),", "betas=(args.beta1, args.beta2),"),
+        ("train.py", '    add("--nz",', '    add("--beta2", type=float)\n    add("--nz",'),
+    ],
 }
 
 
@@ -177,13 +202,14 @@ def test_a_change_of_a_line_or_two_trains_resumes_and_is_drawn(change, many_held
     project.mkdir()
     for script in ROOT.glob("*.py"):
         shutil.copy(script, project)
-    name, before, after = CHANGES[change]
-    text = (project / name).read_text(encoding="utf-8")
-    assert text.count(before) == 1
-    (project / name).write_text(text.replace(before, after), encoding="utf-8")
+    for name, before, after in CHANGES[change]:
+        text = (project / name).read_text(encoding="utf-8")
+        assert text.count(before) == 1
+        (project / name).write_text(text.replace(before, after), encoding="utf-8")
 
     words = *CPU, "--data", many_held_out, "--out", tmp_path / "run", "--log-seconds", 0
-    run(project / "train.py", *words, "--epochs", 1)
+    first = "train.py" if change == "a new option" else project / "train.py"
+    run(first, *words, "--epochs", 1)
     run(project / "train.py", "--resume", "--epochs", 2, "--out", tmp_path / "run")
     run(project / "sample.py", "--checkpoint", tmp_path / "run", "--n", 4, "--out", tmp_path / "a.png")
     saved = content(tmp_path / "run" / "checkpoint.pt")
@@ -200,6 +226,19 @@ def test_weights_under_spectral_norm_are_initialised_like_the_others():
     layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(64, 64, 4))
     model.init_weights(layer)
     assert layer.parametrizations.weight.original.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_average_of_a_g_with_spectral_norm_has_its_norms():
+    """The vectors that estimate them are buffers. An average of the weights alone leaves them at their start."""
+    dcgan = train.DCGAN(train.parse_args([*map(str, CPU), "--data", "unused"]), train.Device("cpu"))
+    for G in (dcgan.G, dcgan.G_ema):
+        torch.nn.utils.parametrizations.spectral_norm(G.main[3])
+    torch.nn.init.normal_(dcgan.G.main[3].parametrizations.weight.original)
+    dcgan.G_ema.load_state_dict(dcgan.G.state_dict())
+    for _ in range(100):
+        dcgan.G(torch.zeros(2, 8))  # in training mode each call improves the vectors of G alone
+    norms = [torch.linalg.matrix_norm(G.main[3].weight.flatten(1), 2).item() for G in (dcgan.G.eval(), dcgan.sampler())]
+    assert norms[1] == pytest.approx(norms[0], rel=0.01)
 
 
 # ---- a call from a notebook -----------------------------------------------------------------------------------------
@@ -239,6 +278,20 @@ def test_a_score_leaves_the_callers_random_numbers_alone(many_held_out):
     before = torch.get_rng_state()
     model.Score(pack.train, pack.holdout, 32)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_score_refuses_what_it_would_judge_wrongly():
+    frames = np.zeros((50, 40, 54, 3), np.uint8)
+    for wrong in (frames / 255, frames[:, :, :36], frames[:, :30], frames[:49]):
+        with pytest.raises(model.InputError, match="a score needs"):
+            model.Score(frames, wrong, 32)
+    with pytest.raises(model.InputError, match="image size 48"):
+        model.Score(frames, frames, 48)
+    G = model.Generator(64, 8, 1).eval()
+    with pytest.raises(model.InputError, match="G draws 64 pixels"):
+        model.Score(frames, frames, 32)(G)
+    with pytest.raises(ValueError, match=r"G\.eval"):
+        model.render(G.train(), torch.zeros(1, 8))
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
