@@ -707,11 +707,21 @@ def handling(handler, *names):
         yield
     finally:
         for signum, old in previous.items():
-            signal.signal(signum, old)
+            if signal.getsignal(signum) != signal.SIG_IGN:  # unwind() ignores them to the end
+                signal.signal(signum, old)
+
+
+STOPS = ("SIGTERM", "SIGINT", "SIGHUP")  # signals that end a script
 
 
 def unwind(signum, frame):
-    """A signal handler: end the script as if it had called sys.exit, so that it can clean up."""
+    """A signal handler: end the script as if it had called sys.exit, so that it can clean up.
+
+    A second signal, such as Ctrl-C pressed twice, must not interrupt that: it is ignored.
+    """
+    for name in STOPS:
+        if hasattr(signal, name):  # Windows has few signals
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.exit(128 + signum)
 
 
@@ -740,7 +750,7 @@ def run_script(main, memory_advice="choose smaller networks or fewer pictures"):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for names that the stream cannot encode
     try:
-        with handling(unwind, "SIGTERM", "SIGINT", "SIGHUP"):
+        with handling(unwind, *STOPS):
             report_problems(main, memory_advice)
     finally:
         close_output()

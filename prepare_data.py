@@ -977,7 +977,8 @@ def check_source(source):
         result = kind_of_result(set(os.listdir(source)))
         if result:
             raise InputError(f"{source} is {result}: name the folder with the images")
-    elif not (suffix_of(source) in ARCHIVES or zipfile.is_zipfile(source)):
+    elif not os.path.isfile(source) or not (suffix_of(source) in ARCHIVES
+                                            or zipfile.is_zipfile(source)):
         raise InputError(f"{source} is not a folder, a .zip or a .tar archive: "
                          "name the folder with the images")
 

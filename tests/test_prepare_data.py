@@ -852,6 +852,21 @@ def test_a_signal_ends_it_soon_and_leaves_nothing(signum, tmp_path):
     assert stdout.endswith("stopped: nothing is kept\n") and list(tmp_path.iterdir()) == []
 
 
+def test_impatient_signals_do_not_interrupt_the_cleaning(tmp_path):
+    """Ctrl-C is pressed twice, and some launchers send SIGTERM twice."""
+    process = Fork(command("prepare_data.py", "--demo", 100_000, tmp_path / "packs" / "out"))
+    process.stdout.readline()  # it has begun
+    time.sleep(1)
+    for _ in range(500):
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT and stderr == "", (process.returncode, stderr)
+    assert stdout.endswith("stopped: nothing is kept\n") and list(tmp_path.iterdir()) == []
+
+
 def test_a_signal_ends_the_progress_line_first(tmp_path):
     words = command(changed(tmp_path, TERMINAL), "--demo", 1000, "--image-size", 32, tmp_path / "out")
     process = Fork(words)
@@ -965,7 +980,8 @@ def test_a_pack_of_other_images_with_the_same_name_is_not_used(tmp_path, monkeyp
     ("blank", "blank has no images. Name a folder"),
     ("packs/msls", "or make a pack with python prepare_data.py SOURCE packs/msls"),
     ("run", "run is a run: --data wants photographs or a pack"),
-    ("run/args.json", "args.json is not a folder, a .zip or a .tar archive")])
+    ("run/args.json", "args.json is not a folder, a .zip or a .tar archive"),
+    ("/dev/zero", "zero is not a folder, a .zip or a .tar archive")])  # reading it would not end
 def test_data_without_pictures_leaves_no_packs_folder(data, message, tmp_path):
     (tmp_path / "blank").mkdir()
     samples = streets(3, name="samples/{}.png")
