@@ -977,7 +977,7 @@ class Reporter:
         if signum:
             say(f"stopped and saved at image {images:,}; go on with: {again}")
         elif late:
-            say(f"stopped at image {images:,}, after --minutes {self.args.minutes:g}; "
+            say(f"stopped at image {images:,} after --minutes {self.args.minutes:g}; "
                 f"go on with: {again}")
         else:
             more = 2 * self.args.epochs

@@ -182,7 +182,7 @@ def test_a_run_learns_and_logs_the_line_that_everybody_knows(pack, tmp_path):
     assert grids[-1].std() > 4 and abs(grids[-1] - grids[0]).mean() > 0.5, "the first picture is not grey, and changed"
     assert f"finished at image {16 * steps:,}; go on with: python train.py --resume --out {out} --epochs 24" in text
     assert all(len(line) <= 80 for line in text.splitlines() if "/s" in line), "no line breaks on a terminal"
-    assert "no scores and no best.pt: 48 frames are held out" in text and not (out / "scores.csv").exists()
+    assert "no scores and no best.pt: there are 48 held-out frames and 136 others" in text and not (out / "scores.csv").exists()
 
 
 def test_a_run_folder_holds_scores_and_pictures_and_tensorboard_shows_them(scored):
