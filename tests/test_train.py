@@ -606,7 +606,7 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
     for words, says in (
             ([*tiny, "--batch-size", 500], "batch-size"),
             ([*tiny, "--batch-size", 1], "batch-size"),
-            ([*tiny, "--image-size", 64], "is a pack for --image-size 32"),
+            ([*tiny, "--image-size", 64], "is a pack for 32 pixels, not 64: add --image-size 32"),
             ([*tiny, "--data", "nowhere"], "nowhere"),
             ([*tiny, "--data", tmp_path / "a file"], "a file"),
             ([*tiny, "--data", trained], f"{trained} is a run: --data wants photographs or a pack"),
