@@ -977,8 +977,12 @@ def check_source(source):
         result = kind_of_result(set(os.listdir(source)))
         if result:
             raise InputError(f"{source} is {result}: name the folder with the images")
-    elif not os.path.isfile(source) or not (suffix_of(source) in ARCHIVES
-                                            or zipfile.is_zipfile(source)):
+        return
+
+    # A device or a pipe is no file, and reading it would not end.
+    is_archive = os.path.isfile(source) and (
+        suffix_of(source) in ARCHIVES or zipfile.is_zipfile(source))
+    if not is_archive:
         raise InputError(f"{source} is not a folder, a .zip or a .tar archive: "
                          "name the folder with the images")
 
@@ -1071,7 +1075,7 @@ def prepare(args):
             if not args.out.exists():
                 raise
             raise InputError(f"{args.out} exists already: another program made it") from error
-    summarize(counts, skipped)
+    summarize(counts, skipped, args.holdout)
 
 
 def write_tables(folder, args, counts, skipped):
@@ -1107,8 +1111,8 @@ def explain_emptiness(sources, skipped):
     return f"left out: {list_reasons(skipped)}. For example {path}: {reason}"
 
 
-def summarize(counts, skipped):
-    """Say what is in a pack, and what it is too small for."""
+def summarize(counts, skipped, share):
+    """Say what is in a pack, and what it is too small for. share: of sequences to hold out."""
     for split, cities in counts.items():
         say(f"{split}: {count(sum(cities.values()), 'image')}")
         if len(cities) > 1:
@@ -1118,9 +1122,9 @@ def summarize(counts, skipped):
     say(f"left out: {list_reasons(skipped)}{details}")
 
     train, holdout = (sum(counts[split].values()) for split in SPLITS)
-    if min(train, holdout) < SCORED:
-        say(f"this pack gets no scores: they need {SCORED} held-out frames and {SCORED} others. "
-            "--holdout 0 keeps all for training")
+    if share and min(train, holdout) < SCORED:
+        say(f"this pack gets no scores: they need {SCORED} held-out frames and {SCORED} others.\n"
+            "prepare_data.py --holdout 0 keeps all frames for training")
 
 
 # ---- reading packs ------------------------------------------------------------------------------

@@ -78,6 +78,8 @@ class DCGAN:
         args = parse_args(["--preset", "small-64"])
         dcgan = DCGAN(args, set_up_device(args))
         stats = dcgan.step(frames)
+
+    It seeds torch's random numbers with --seed.
     """
 
     def __init__(self, args, device, world=1):
@@ -85,7 +87,7 @@ class DCGAN:
         self.device = device
         self.world = world
 
-        torch.manual_seed(args.seed)  # the caller's generator: the same weights in all processes
+        torch.manual_seed(args.seed)  # all processes get the same weights
         G = Generator(args.image_size, args.nz, args.ngf, kernel_size=args.kernel_size)
         G.apply(init_weights)
         D = Discriminator(args.image_size, args.ndf, kernel_size=args.kernel_size)
@@ -140,7 +142,8 @@ class DCGAN:
         with self.autocast():
             on_fake_after = self.logits(D, fake)
         loss_G = g_loss(on_fake_after)
-        with torch.no_grad():  # TensorBoard shows all of them, and Reporter.log prints these five
+        with torch.no_grad():
+            # TensorBoard shows all of these. Reporter.log prints five of them.
             stats = {
                 "Loss_D": loss_D.detach(),
                 "Loss_G": loss_G.detach(),
@@ -180,7 +183,7 @@ class DCGAN:
         self.scaler.scale(loss / self.world).backward()
         if self.world > 1:
             add_up([p.grad for p in optimizer.param_groups[0]["params"]])
-        # Here the gradients are complete: measure or clip them here (fp16 has them scaled up).
+        # The gradients are complete: measure or clip them here. In fp16 they are scaled up.
         self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -206,7 +209,7 @@ class DCGAN:
         The training is the same with and without a call.
         """
         for average, own in zip(self.G_ema.buffers(), self.G.buffers()):
-            average.copy_(own)  # of layers that you add: spectral norm keeps vectors there
+            average.copy_(own)  # a layer with spectral norm keeps vectors in its buffers
         for layer in self.G_ema.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
                 layer.reset_running_stats()

@@ -671,10 +671,15 @@ def test_photographs_are_told_what_concerns_photographs(tmp_path):
                                                  (60, "", "")])
 def test_few_photographs_are_told_what_will_be_missing(n, training, advice, tmp_path):
     text = run(*PREPARE, write_tree(tmp_path / "in", streets(n)), tmp_path / "my pack").stdout
-    assert "this pack gets no scores: they need 50 held-out frames and 50 others. --holdout 0 keeps all" in text
+    assert "this pack gets no scores: they need 50 held-out frames and 50 others" in text
     assert ("too few sequences to hold any out" in text) == (n < 20) and f"train: {training}" in text
     command = f"python train.py --data '{tmp_path / 'my pack'}'{advice}"
     assert "training needs more images" in text if n == 1 else text.endswith(f"train on it with: {command}\n")
+
+
+def test_who_holds_nothing_out_is_not_told_to(tmp_path):
+    text = run(*PREPARE, write_tree(tmp_path / "in", streets(60)), tmp_path / "out", "--holdout", 0).stdout
+    assert "train: 60 images" in text and "no scores" not in text
 
 
 def test_the_advice_is_a_command_that_trains(tmp_path):
