@@ -14,7 +14,6 @@ SPDX-License-Identifier: MIT
 Copyright (c) 2026 the authors of this repository
 """
 import argparse
-import io
 import math
 import os
 import re
@@ -29,22 +28,19 @@ if __name__ == "__main__":  # torch reads these when it is imported
 
 import torch
 from PIL import Image
-from torchvision.utils import make_grid
 
 from model import (
     DEVICES,
-    InputError,
     choose_device,
+    join,
     latents,
     load_generator,
-    make_folder,
-    make_picture_folder,
-    one_line,
     render,
     run_script,
+    save_picture,
+    save_pngs,
     say,
     seed_list,
-    write_file,
 )
 
 
@@ -78,12 +74,6 @@ def loop(z, frames, latent):
 
 
 # ---- files ---------------------------------------------------------------------------------------
-def to_image(pictures, columns, padding):
-    """A PIL image of pictures, uint8 (N, 3, H, W), in rows, with black lines between them."""
-    sheet = make_grid(pictures, columns, padding)
-    return Image.fromarray(sheet.permute(1, 2, 0).numpy())
-
-
 def frame_lengths(frames, fps):
     """The time that each frame is shown, in ms. A GIF counts in units of 10 ms."""
     starts = [10 * round(100 * i / fps) for i in range(frames + 1)]
@@ -93,19 +83,16 @@ def frame_lengths(frames, fps):
 def save(images, args):
     """Write images as args say. Returns words about the files that were there before."""
     if args.kind == "":
-        return save_frames(images, args.out)
+        return ", " + save_pngs([dict(enumerate(images))], args.out)
+    if args.kind == ".png":
+        return save_picture(images[0], args.out)
 
-    replaced = ", replaced" if args.out.exists() else ""
-    make_folder(args.out.parent)
     if args.kind == ".gif":
         images = reduce_colours(images)
     first, *others = images
-    if args.kind == ".png":
-        write(first, args.out)
-    else:
-        write(first, args.out, save_all=True, append_images=others, loop=0,
-              duration=frame_lengths(len(images), args.fps))
-    return replaced
+    durations = frame_lengths(len(images), args.fps)
+    return save_picture(first, args.out, save_all=True, append_images=others, loop=0,
+                        duration=durations)
 
 
 def reduce_colours(images):
@@ -121,31 +108,6 @@ def reduce_colours(images):
         together.paste(image, (0, height * i))
     palette = together.quantize(256)
     return [image.quantize(palette=palette) for image in images]
-
-
-def save_frames(images, folder):
-    make_picture_folder(folder)
-    before = {path.name for path in folder.glob("*.png")}
-    written = set()
-    for i, image in enumerate(images):
-        path = folder / f"{i:08d}.png"
-        write(image, path)
-        written.add(path.name)
-
-    replaced = len(before & written)
-    others = len(before - written)
-    kept = f"; other PNGs from before: {others}" if others else ""
-    return f", {replaced} replaced{kept}"
-
-
-def write(image, path, **options):
-    data = io.BytesIO()
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    try:
-        image.save(data, kind, **options)
-    except (OSError, ValueError) as error:  # too many pixels for the format
-        raise InputError(f"{path}: {one_line(error)}") from error
-    write_file(path, data.getbuffer())
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -238,10 +200,10 @@ def main(argv=None):
     frames = pictures.shape[1]
 
     if strip:
-        images = [to_image(pictures.flatten(0, 1), columns=frames, padding=2)]
+        images = [join(pictures.flatten(0, 1), columns=frames)]
     else:
         padding = 2 if scenes > 1 else 0
-        images = [to_image(moment, columns, padding) for moment in pictures.unbind(1)]
+        images = [join(moment, columns, padding) for moment in pictures.unbind(1)]
     note = save(images, args)
     say(f"{args.out}: {frames} frames, {images[0].width}×{images[0].height} pixels{note}")
 

@@ -13,6 +13,7 @@ SPDX-License-Identifier: MIT
 Copyright (c) 2026 the authors of this repository
 """
 import errno
+import io
 import math
 import os
 import re
@@ -250,10 +251,14 @@ def render(G, z, scale=1, batch_size=64):
         images = G(torch.cat([part, padding]).to(device))
         if scale > 1:
             images = F.interpolate(images, scale_factor=scale, mode="bicubic")
-        grey_levels = ((images + 1) * 127.5).round().clamp(0, 255)
-        # To uint8 on the CPU: on Gaudi this conversion is not documented.
-        pictures.append(grey_levels.cpu().to(torch.uint8)[:len(part)])
+        pictures.append(to_grey_levels(images)[:len(part)])
     return torch.cat(pictures).expand(-1, 3, -1, -1)  # a generator of grey pictures has one channel
+
+
+def to_grey_levels(images):
+    """Numbers in [-1, 1] → uint8 from 0 to 255 on the CPU."""
+    grey_levels = ((images + 1) * 127.5).round().clamp(0, 255)
+    return grey_levels.cpu().to(torch.uint8)  # on Gaudi, this conversion is not documented
 
 
 # ---- the score -----------------------------------------------------------------------------------
@@ -616,26 +621,7 @@ def load_discriminator(path=None):
     return rebuild(Discriminator, load_file(path), D_NAMES, path)
 
 
-# ---- the command line ----------------------------------------------------------------------------
-def seed_list(text):
-    """An argparse type: "0-63,100" → [0, …, 63, 100]."""
-    seeds = []
-    for span in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", span)
-        if not match:
-            raise ArgumentTypeError(f"{text!r} is not a list of seeds: write 7,40 or 0-63,100")
-        first = int(match[1])
-        last = int(match[2] or first)
-        if last < first:
-            raise ArgumentTypeError(f"{span} descends: write {last}-{first}")
-        if last >= 2 ** 63:
-            raise ArgumentTypeError(f"{span} is too large: seeds are below 2^63")
-        if last - first >= 10_000_000:
-            raise ArgumentTypeError(f"{span} has more than 10,000,000 seeds")
-        seeds += range(first, last + 1)
-    return seeds
-
-
+# ---- files ---------------------------------------------------------------------------------------
 def make_folder(folder):
     """Make a folder and those above it, unless they exist. Raises InputError."""
     for path in (folder, *folder.parents):
@@ -664,14 +650,88 @@ def write_file(path, data):
             temporary.unlink(missing_ok=True)
 
 
-def make_picture_folder(folder):
-    """make_folder for numbered PNGs. Raises InputError if it has files of another kind."""
+def join(pictures, columns, padding=2):
+    """A PIL image of pictures, uint8 (N, 3, H, W), in rows, with black lines between them."""
+    from PIL import Image  # here, because the rest of this file runs without it
+    from torchvision.utils import make_grid
+
+    sheet = make_grid(pictures, columns, padding)
+    return Image.fromarray(sheet.permute(1, 2, 0).numpy())
+
+
+def save_picture(image, path, **options):
+    """Write a PIL image in the format of the path's suffix, with this format's options.
+
+    Returns the words of save_output. Raises InputError if the format cannot hold the image.
+    """
+    from PIL import Image
+
+    data = io.BytesIO()
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    try:
+        image.save(data, kind, **options)
+    except (OSError, ValueError) as error:  # too many pixels
+        raise InputError(f"{path}: {one_line(error)}") from error
+    return save_output(path, data.getbuffer())
+
+
+def save_output(path, data):
+    """write_file, in a folder that is made. Returns ", replaced" if there was a file, or ""."""
+    replaced = ", replaced" if path.exists() else ""
+    make_folder(path.parent)
+    write_file(path, data)
+    return replaced
+
+
+def save_pngs(batches, folder):
+    """Write folder/00000007.png and so on, from dictionaries {7: PIL image, …}.
+
+    Memory stays flat: threads encode one batch at a time, and PIL releases the GIL. Returns words
+    about the PNGs in the folder. Raises InputError if it has pictures of another kind.
+    """
     make_folder(folder)
     for path in folder.iterdir():
         picture = path.suffix.lower() in (".jpg", ".jpeg", ".png", ".npy")
         if picture and not re.fullmatch(r"\d{8,}\.png", path.name):
             raise InputError(f"{folder} has other files, such as {path.name}: "
                              "name a new folder with --out")
+    before = {path.name for path in folder.glob("*.png")}
+    written = set()
+
+    with ThreadPoolExecutor() as threads:
+        for batch in batches:
+            jobs = []
+            for number, image in batch.items():
+                path = folder / f"{number:08d}.png"
+                written.add(path.name)
+                jobs.append(threads.submit(image.save, path))
+            for job in jobs:
+                job.result()  # raises what went wrong in the thread
+
+    replaced = len(before & written)
+    others = len(before - written)
+    kept = f"; other PNGs from before: {others:,}" if others else ""
+    return f"{replaced:,} replaced{kept}"
+
+
+# ---- the command line ----------------------------------------------------------------------------
+def seed_list(text):
+    """An argparse type: "0-63,100" → [0, …, 63, 100]."""
+    seeds = []
+    for span in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", span)
+        if not match:
+            raise ArgumentTypeError(f"{text!r} is not a list of seeds: write 7,40 or 0-63,100")
+        first = int(match[1])
+        last = int(match[2] or first)
+        if last < first:
+            raise ArgumentTypeError(f"{span} descends: write {last}-{first}")
+        if last >= 2 ** 63:
+            raise ArgumentTypeError(f"{span} is too large: seeds are below 2^63")
+        if last - first >= 10_000_000:
+            raise ArgumentTypeError(f"{span} has more than 10,000,000 seeds")
+        seeds += range(first, last + 1)
+    return seeds
 
 
 def one_line(error):

@@ -52,7 +52,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
-from model import IMAGE_SIZES, PRESETS, SCORED, InputError, cut_windows, run_script, say
+from model import (
+    IMAGE_SIZES,
+    PRESETS,
+    SCORED,
+    InputError,
+    cut_windows,
+    run_script,
+    say,
+    to_grey_levels,
+)
 
 FORMAT = 1  # version of the pack's files
 SPLITS = ("train", "holdout")
@@ -95,6 +104,13 @@ MAX_PIXELS = 300_000_000   # larger pictures are refused: a small file can claim
 MANY_PIXELS = 50_000_000   # of pictures that are larger when decoded, one is decoded at a time
 MAX_BYTES = 1 << 30        # larger files are refused
 FEW = PRESETS["small-64"]["batch_size"]  # training frames that train.py needs at least
+
+
+class File(NamedTuple):
+    """A file in a folder or an archive."""
+    path: str
+    read: Callable = None   # read() returns its bytes; None if there is a problem
+    problem: str = ""       # why it is left out
 
 
 class Frame(NamedTuple):
@@ -209,15 +225,15 @@ def list_files(sources, skipped):
 
     for source in sources:
         parent = source.rpartition("/")[0] + "/"
-        for full, read in list_source(source, seen):
-            msls = MSLS.search(full)
-            path = msls[1] if msls else full.removeprefix(parent)
+        for file in list_source(source, seen):
+            msls = MSLS.search(file.path)
+            path = msls[1] if msls else file.path.removeprefix(parent)
             suffix = suffix_of(path)
-            if isinstance(read, str):  # a reason
-                skipped.append((path, read))
+            if file.problem:
+                skipped.append((path, file.problem))
             elif suffix in IMAGES or (msls and suffix == ".csv"):
-                patches = full[:msls.start(1)].lower().count("patch") if msls else 0
-                found.append((patches, path, read))
+                patches = file.path[:msls.start(1)].lower().count("patch") if msls else 0
+                found.append((patches, path, file.read))
             else:
                 kind = describe_suffix(suffix)
                 ignored[kind] += 1
@@ -227,7 +243,7 @@ def list_files(sources, skipped):
         kinds = [f"{n:,} {kind}" for kind, n in ignored.most_common()]
         say("ignored:", ", ".join(shorten(kinds, 10)))
 
-    found.sort(key=lambda file: file[0])  # by the number of patches
+    found.sort(key=lambda item: item[0])  # by the number of patches
     files = {}
     for _, path, read in found:
         if path in files:
@@ -255,7 +271,7 @@ def describe_suffix(suffix):
 
 
 def list_source(source, seen):
-    """Yield (path, read) of each file in a folder or an archive, or (path, reason) if left out.
+    """Yield each File in a folder or an archive, also those that are left out.
 
     seen: identities of the folders and archives that were listed before, which are left out.
     """
@@ -295,17 +311,17 @@ def list_folder(folder, seen):
         try:
             this = identity(here)
             if this in seen or this in above:
-                yield here, "second name of a folder: its files are used once"
+                yield File(here, problem="second name of a folder: its files are used once")
                 continue
             seen.add(this)
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as error:
-            yield here, f"unreadable folder: {error.strerror}"
+            yield File(here, problem=f"unreadable folder: {error.strerror}")
             continue
 
         result = kind_of_result({entry.name for entry in entries})
         if result and here != folder:
-            yield here, f"{result}: not a source of images"
+            yield File(here, problem=f"{result}: not a source of images")
             continue
 
         subfolders = []
@@ -313,15 +329,15 @@ def list_folder(folder, seen):
             path = f"{here.rstrip('/')}/{entry.name}"
             kind = kind_of_entry(entry)
             if HIDDEN.match(entry.name):
-                yield path, "hidden: its name is one that tools use"
+                yield File(path, problem="hidden: its name is one that tools use")
             elif kind == "folder":
                 subfolders.append((entry.is_symlink(), path))
             elif kind != "file":
-                yield path, "unreadable image: neither a file nor a folder"
+                yield File(path, problem="unreadable image: neither a file nor a folder")
             elif suffix_of(path) in ARCHIVES:
                 yield from list_archive(path, seen)
             else:
-                yield path, partial(read_file, path)
+                yield File(path, partial(read_file, path))
 
         for linked, path in reversed(subfolders):
             if linked:
@@ -367,22 +383,23 @@ def list_archive(archive, seen):
     try:
         this = identity(archive)
         if this in seen:
-            yield archive, "second name of an archive: its files are used once"
+            yield File(archive, problem="second name of an archive: its files are used once")
             return
         seen.add(this)
-        entries = open_archive(archive)
+        files = open_archive(archive)
     except Exception as error:  # a damaged directory makes zipfile raise almost anything
         say(f"{archive} cannot be read: its images are left out ({error})")
-        yield archive, f"unreadable archive: {error}"
+        yield File(archive, problem=f"unreadable archive: {error}")
         return
 
-    say(f"{archive}: {count(len(entries), 'file')}")
+    say(f"{archive}: {count(len(files), 'file')}")
     folder = posixpath.splitext(archive)[0]
-    for name, read in entries:
-        name = name.replace("\\", "/").removeprefix("./")
+    for file in files:
+        name = file.path.replace("\\", "/").removeprefix("./")
+        problem = file.problem
         if any(map(HIDDEN.match, name.split("/"))):
-            read = "hidden: a part of its path is one that tools use"
-        yield f"{folder}/{name}", read
+            problem = "hidden: a part of its path is one that tools use"
+        yield File(f"{folder}/{name}", file.read, problem)
 
 
 class ZipEntry(NamedTuple):
@@ -413,7 +430,7 @@ class ZipEntry(NamedTuple):
 
 
 def list_zip(archive):
-    """[(name, read), …] of the files in a .zip archive."""
+    """[File, …] of a .zip archive, with paths as in the archive."""
     with zipfile.ZipFile(archive) as zipped:
         entries = zipped.infolist()
 
@@ -423,7 +440,7 @@ def list_zip(archive):
             continue
         read = ZipEntry(archive, entry.header_offset, entry.compress_size, entry.compress_type,
                         entry.CRC, encrypted=bool(entry.flag_bits & 1))
-        files.append((entry.filename, read))
+        files.append(File(entry.filename, read))
     return files
 
 
@@ -441,7 +458,7 @@ class TarEntry(NamedTuple):
 
 
 def list_tar(archive):
-    """[(name, read), …] of the files in a .tar archive. Links in it have a reason for `read`."""
+    """[File, …] of a .tar archive, with paths as in the archive."""
     files = []
     with tarfile.open(archive, "r:") as tar:  # a compressed archive has no places to read from
         while (entry := tar.next()) is not None:
@@ -450,9 +467,10 @@ def list_tar(archive):
                 continue
             if entry.isreg() and not entry.issparse():
                 read = TarEntry(archive, entry.offset_data, entry.size)
+                files.append(File(entry.name, read))
             else:
-                read = "unreadable image: a link or a special file in an archive"
-            files.append((entry.name, read))
+                problem = "unreadable image: a link or a special file in an archive"
+                files.append(File(entry.name, problem=problem))
 
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512).strip(b"\0"):  # tarfile takes a damaged header for the end
@@ -964,8 +982,7 @@ def draw_preview(folder, image_size, seed):
         columns.append(F.pad(images, (0, 8, 0, below), value=1))  # a white margin
 
     sheet = torch.cat(columns, dim=3)               # (8, 3, h, width of all columns)
-    sheet = sheet.permute(0, 2, 3, 1).flatten(0, 1)   # (8 h, width, 3)
-    sheet = ((sheet + 1) * 127.5).round().byte()
+    sheet = to_grey_levels(sheet).permute(0, 2, 3, 1).flatten(0, 1)   # (8 h, width, 3)
     Image.fromarray(sheet.numpy()).save(folder / "preview.png")
 
 

@@ -24,7 +24,6 @@ import io
 import math
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":  # torch reads these when it is imported
@@ -48,18 +47,19 @@ from model import (
     cut_windows,
     features,
     init_weights,
+    join,
     latents,
     load_discriminator,
     load_generator,
-    make_folder,
-    make_picture_folder,
-    one_line,
     render,
     run_script,
+    save_output,
+    save_picture,
+    save_pngs,
     say,
     seed_list,
     spread_windows,
-    write_file,
+    to_grey_levels,
 )
 from prepare_data import TEXT, count, open_pack, progress
 
@@ -86,26 +86,9 @@ def default_scale(G):
     return max(1, 128 // G.image_size)
 
 
-def join(pictures, columns, padding=2):
-    """A PIL image of pictures, uint8 (N, 3, H, W), in rows, with black lines between them."""
-    # Imported here, because it takes as long as importing torch.
-    from torchvision.utils import make_grid
-
-    sheet = make_grid(pictures, columns, padding)
-    return Image.fromarray(sheet.permute(1, 2, 0).numpy())
-
-
-def save_sheet(image, path, content):
-    replaced = ", replaced" if path.exists() else ""
-    make_folder(path.parent)
-    data = io.BytesIO()
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    try:
-        image.save(data, kind, quality=95)  # PNG ignores the quality
-    except (OSError, ValueError) as error:  # too many pixels for the format
-        raise InputError(f"{path}: {one_line(error)}") from error
-    write_file(path, data.getbuffer())
-    say(f"{path}: {content} ({image.width}×{image.height} pixels{replaced})")
+def save_sheet(sheet, path, content):
+    replaced = save_picture(sheet, path, quality=95)  # PNG ignores the quality
+    say(f"{path}: {content} ({sheet.width}×{sheet.height} pixels{replaced})")
 
 
 def shorten(seeds, most=6):
@@ -121,7 +104,7 @@ def save_separately(G, latent, args):
     def draw(seeds):
         return render(G, latents(seeds, G.nz, latent), args.scale or 1)
 
-    save_pngs(draw, args.seeds, args.out or Path("samples"))
+    save_by_seed(draw, args.seeds, args.out or Path("samples"))
 
 
 def save_real(args):
@@ -132,7 +115,7 @@ def save_real(args):
     def draw(seeds):
         return to_grey_levels(random_windows(pack.train, seeds, pack.image_size))
 
-    save_pngs(draw, args.seeds, args.out or Path("real"))
+    save_by_seed(draw, args.seeds, args.out or Path("real"))
 
 
 def random_windows(frames, seeds, image_size):
@@ -146,37 +129,18 @@ def random_windows(frames, seeds, image_size):
     return torch.cat(windows)
 
 
-def to_grey_levels(images):
-    """[-1, 1] → uint8 from 0 to 255."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def save_pngs(draw, seeds, folder):
-    """Write folder/<seed>.png for each seed. draw(seeds) returns uint8 (n, 3, H, W).
-
-    Memory stays flat: threads encode one batch at a time, and PIL releases the GIL.
-    """
-    make_picture_folder(folder)
-    before = {path.name for path in folder.glob("*.png")}
-    written = set()
+def save_by_seed(draw, seeds, folder):
+    """Write folder/<seed>.png for each seed. draw(seeds) returns uint8 (n, 3, H, W)."""
     seeds = list(dict.fromkeys(seeds))  # each once
     batches = [seeds[i:i + 64] for i in range(0, len(seeds), 64)]
 
-    with ThreadPoolExecutor() as threads, progress(batches, len(batches), "batches") as steps:
-        for batch in steps:
-            pictures = draw(batch).permute(0, 2, 3, 1).numpy()
-            jobs = []
-            for seed, picture in zip(batch, pictures):
-                path = folder / f"{seed:08d}.png"
-                written.add(path.name)
-                jobs.append(threads.submit(Image.fromarray(picture).save, path))
-            for job in jobs:
-                job.result()  # raises what went wrong in the thread
+    def images(batch):
+        pictures = draw(batch).permute(0, 2, 3, 1).numpy()
+        return dict(zip(batch, map(Image.fromarray, pictures)))
 
-    replaced = len(before & written)
-    others = len(before - written)
-    kept = f"; other PNGs from before: {others:,}" if others else ""
-    say(f"{folder}: {count(len(written), 'picture')} ({replaced:,} replaced{kept})")
+    with progress(batches, len(batches), "batches") as steps:
+        note = save_pngs(map(images, steps), folder)
+    say(f"{folder}: {count(len(seeds), 'picture')} ({note})")
 
 
 # ---- a page --------------------------------------------------------------------------------------
@@ -206,9 +170,7 @@ def save_page(G, latent, args):
     for name, value in values.items():
         page = page.replace(name, value)
 
-    replaced = ", replaced" if args.out.exists() else ""
-    make_folder(args.out.parent)
-    write_file(args.out, page.encode())
+    replaced = save_output(args.out, page.encode())
     size = f"{len(page) / 1000:,.0f} KB"
     say(f"{args.out}: {count(n, 'picture')} ({size}{replaced}). Open it in a browser")
 
@@ -624,16 +586,17 @@ def print_accuracy(name, guess, y):
 # ---- the command line ----------------------------------------------------------------------------
 def terms_of_sum(text):
     """An argparse type: '3,8,21 - 5,9 + 40' → [('+', [3, 8, 21]), ('-', [5, 9]), ('+', [40])]."""
+    advice = "Write a sum as '3,8 - 5,9 + 40', with spaces around + and -"
     words = text.split()
     signs = ["+", *words[1::2]]
-    seeds = words[::2]
     try:
-        if len(signs) != len(seeds) or not set(signs) <= {"+", "-"}:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a sum of seeds")
-        return [(sign, seed_list(word)) for sign, word in zip(signs, seeds)]
+        terms = [seed_list(word) for word in words[::2]]
     except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}. Write a sum as '3,8 - 5,9 + 40', with spaces "
-                                         "around + and -") from None
+        raise argparse.ArgumentTypeError(f"{error}. {advice}") from None
+
+    if len(signs) != len(terms) or not set(signs) <= {"+", "-"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a sum of seeds. {advice}")
+    return list(zip(signs, terms))
 
 
 def parse_args(argv=None):

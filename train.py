@@ -745,6 +745,13 @@ def restore(dcgan, path, pack):
     return saved["step"], saved["images"], saved["scores"]
 
 
+def check_finite(state, step):
+    """End the script if the weights in a state dict are not finite: they must not be saved."""
+    for net in ("G", "D"):
+        if not all(weight.isfinite().all() for weight in state[net].values()):
+            sys.exit(f"error: step {step}: a weight is not finite. Use --resume with a lower --lr")
+
+
 def fingerprint(path):
     """What changes when another process writes a file: None if there is none."""
     try:
@@ -900,36 +907,32 @@ class Reporter:
 
     def write(self, step, images, draw):
         """Write the run's files. Raises OSError."""
-        args = self.args
-        if fingerprint(self.out / "checkpoint.pt") not in (self.unchanged, None):
+        path = self.out / "checkpoint.pt"
+        if fingerprint(path) not in (self.unchanged, None):
             raise InputError(f"another process has written to {self.out}: it is not safe to go on. "
                              "Give each run an --out of its own")
         G = self.dcgan.sampler()
         state = self.dcgan.state_dict()  # after sampler(), with its statistics
-        for net in ("G", "D"):
-            if not all(weight.isfinite().all() for weight in state[net].values()):
-                sys.exit(f"error: step {step}: a weight is not finite. "
-                         "Use --resume with a lower --lr")
+        check_finite(state, step)
 
         best = False
         if draw:
             self.draw(G, images)
             best = self.score is not None and self.add_score(G, images)
-        sizes = {name: getattr(args, name) for name in SIZES}
-        checkpoint = {
-            **state,
+
+        # checkpoint.pt is the last, because it says that the image was reached.
+        generator = {
+            "G_ema": state["G_ema"],
             "images": images,
-            "sizes": sizes,
-            "pack": self.pack.identity,
-            "scores": self.scores,
+            "sizes": {name: getattr(self.args, name) for name in SIZES},
         }
-        if best:  # before the checkpoint, which holds this score
+        checkpoint = {**state, **generator, "pack": self.pack.identity, "scores": self.scores}
+        if best:
             save_file(self.out / "best.pt", checkpoint)
         if self.has_doubled(images):
-            generator = {"G_ema": state["G_ema"], "sizes": sizes, "images": images}
             save_file(self.out / f"generator-{images:09d}.pt", generator)
-        save_file(self.out / "checkpoint.pt", checkpoint)
-        self.unchanged = fingerprint(self.out / "checkpoint.pt")
+        save_file(path, checkpoint)
+        self.unchanged = fingerprint(path)
 
     def draw(self, G, images):
         """The same 64 latents each time, as a PNG and in TensorBoard."""
