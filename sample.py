@@ -394,7 +394,7 @@ def save_arithmetic(G, latent, args):
     noise = torch.rand(3, 3, G.nz, generator=generator) / 2 - 0.25
     noise[1, 1] = 0
     columns += [gap, *(combine(args.arithmetic, G.nz, latent) + noise)]
-    headings += ["", "", "= the sum, amid noise", ""]
+    headings += ["", "", "= sum (middle), with noise", ""]
 
     scale = args.scale or default_scale(G)
     side = G.image_size * scale
@@ -405,7 +405,7 @@ def save_arithmetic(G, latent, args):
             pictures[rows - len(z):, i] = render(G, z, scale)
     sheet = join(pictures.flatten(0, 1), len(columns))
     save_sheet(add_headings(sheet, headings), args.out or Path("arithmetic.png"),
-               "each term's seeds above their mean, and the sum amid noise")
+               "each term's seeds above their mean, and the sum with noise around it")
 
 
 def add_headings(sheet, headings):

@@ -1143,23 +1143,29 @@ def sizes_of_init(typed):
 
 
 # ---- the program ---------------------------------------------------------------------------------
-@torch.random.fork_rng(devices=[])  # the caller's random numbers on the CPU stay as they are
-def main(argv=None):
-    """Train a run, and return its DCGAN. Exits with 128 + the number of a signal that stopped it.
-
-    argv: the command line's words. Raises InputError, and OSError for a full disk.
-    """
-    # Prepare: options, device, data.
-    began = time.monotonic()
-    ranks = Ranks()
+def prepare(argv, ranks):
+    """(options, Device, Pack) for a command line. Raises InputError."""
     args = parse_args(argv)
-    find_run(args)  # an existing run is noticed before a long preparation
+    find_run(args)  # an existing run is noticed before a long preparation of raw images
     device = set_up_device(args, ranks.local_rank)
     pack = find_data(args, ranks)
     if args.preset is None:  # the pack chooses one, and it decides about --out and --resume
         args = parse_args(argv, options_for(pack))
         device = set_up_device(args, ranks.local_rank)
     args.data = str(pack.folder.absolute())  # a run can be resumed in another folder
+    return args, device, pack
+
+
+@torch.random.fork_rng(devices=[])  # the caller's random numbers on the CPU stay as they are
+def main(argv=None):
+    """Train a run, and return its DCGAN. Exits with 128 + the number of a signal that stopped it.
+
+    argv: the command line's words. Raises InputError, and OSError for a full disk.
+    """
+    # Prepare: options, device, data, and the length of the run in images.
+    began = time.monotonic()
+    ranks = Ranks()
+    args, device, pack = prepare(argv, ranks)
     checkpoint = find_run(args)
     frames = share(pack.train, ranks, args.batch_size)
     images_per_step = args.batch_size * ranks.world
