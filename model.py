@@ -1,4 +1,6 @@
-"""The networks, and all that the scripts share. It needs torch, and NumPy for the score.
+"""The networks, and all that the scripts share.
+
+It needs torch, NumPy for the score, and PIL and torchvision for picture files.
 
 To draw pictures in your own project, copy this file and write
 
@@ -276,9 +278,10 @@ class Score:
     https://arxiv.org/abs/2002.09797). Larger is better. It falls where G repeats itself.
 
     `train` and `holdout` are uint8 arrays (N, H, W, 3) of frames, W ≥ H ≥ image_size. G is a module
-    in eval mode with the attribute `nz`: latents (N, nz) → (N, 3, image_size, image_size) in
-    [-1, 1]. `real` holds both figures for training images. Raises InputError for other arrays, and
-    with fewer than 50 frames of either kind. The global random numbers stay as they are.
+    with weights in eval mode, with the attribute `nz`: latents (N, nz) → images
+    (N, 3, image_size, image_size) in [-1, 1]. `real` holds both figures for training images. Raises
+    InputError for other arrays, and with fewer than 50 frames of either kind. The global random
+    numbers stay as they are.
     """
 
     def __init__(self, train, holdout, image_size):
@@ -313,7 +316,7 @@ class Score:
     def describe(self, batches):
         """Batches of images → (sorted projections of each scale, features (k, group, d)).
 
-        The k groups are spread evenly over the frames: image i is in group i modulo k.
+        Image i is in group i modulo k. So each of the k groups is spread over all frames.
         """
         generator = torch.Generator().manual_seed(0)
         described = []
@@ -365,7 +368,8 @@ def sorted_projections(patches, generator):
     Each row is sorted.
     """
     mean = patches.mean((0, 2))
-    std = (patches.square().mean((0, 2)) - mean.square()).sqrt()
+    variance = patches.square().mean((0, 2)) - mean.square()
+    std = variance.clamp(min=1e-12).sqrt()  # not 0, if all pictures have one colour
     directions = F.normalize(torch.randn(128, 147, generator=generator)).unflatten(1, (3, 49))
     directions /= std[:, None]  # normalising these is faster than normalising the patches
     shift = directions.sum(2) @ mean[:, None]
@@ -405,7 +409,7 @@ def untrained_network(image_size):
 
 
 def features(layers, x):
-    """What all convolutions but the first one read, max-pooled to 4×4 pixels (paper, section 5).
+    """What all convolutions but the first one read, max-pooled to 4×4 pixels (DCGAN, section 5).
 
     layers: the `main` of a discriminator in eval mode. x: (N, 3, S, S) → (N, 16 · channels).
     """
@@ -476,10 +480,13 @@ def use_once(kind, local_rank):
 
 
 def limit_threads(cgroup="/sys/fs/cgroup"):
-    """Take no more threads than a container's CPU quota. torch starts one for each core.
+    """Take no more threads than a container's CPU quota, or than cores that are free now.
 
-    OMP_NUM_THREADS overrides it.
+    torch starts a thread for each core. They often wait for each other, so one core that another
+    program uses slows all of them down. OMP_NUM_THREADS overrides it.
     """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
     quota = math.inf
     with suppress(OSError, ValueError):  # cgroup v2: "200000 100000" or "max 100000"
         allowed, period = Path(cgroup, "cpu.max").read_text().split()
@@ -488,8 +495,36 @@ def limit_threads(cgroup="/sys/fs/cgroup"):
         allowed = int(Path(cgroup, "cpu/cpu.cfs_quota_us").read_text())
         if allowed > 0:
             quota = allowed / int(Path(cgroup, "cpu/cpu.cfs_period_us").read_text())
-    if quota < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, math.ceil(quota)))
+    threads = min(torch.get_num_threads(), quota, free_cores())
+    torch.set_num_threads(max(1, math.ceil(threads)))
+
+
+def free_cores(seconds=0.3):
+    """How many of the cores that this process may use are free, measured for a moment.
+
+    Infinite where the system does not tell it, as Linux does.
+    """
+    try:
+        cores = os.sched_getaffinity(0)
+        busy, total = core_ticks(cores)
+        time.sleep(seconds)
+        later_busy, later_total = core_ticks(cores)
+    except (AttributeError, OSError):
+        return math.inf
+    share = (later_busy - busy) / max(1, later_total - total)
+    return len(cores) - round(share * len(cores))
+
+
+def core_ticks(cores):
+    """(busy, all) ticks of these cores since the start of Linux. Nice work counts as idle."""
+    busy = total = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *ticks = line.split()
+        if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in cores:
+            user, nice, system, *others = map(int, ticks[:8])
+            busy += user + system
+            total += user + nice + system + sum(others)
+    return busy, total
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

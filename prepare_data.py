@@ -135,7 +135,6 @@ def frame_size(image_size):
 
 
 # ---- what is printed ----------------------------------------------------------------------------
-
 def count(n, noun):
     """'1 image', '1,200 images'."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
@@ -209,7 +208,6 @@ class progress:
 
 
 # ---- from folders and archives to files ---------------------------------------------------------
-
 def list_files(sources, skipped):
     """{path: read} of all images and tables in folders and archives; read() returns the bytes.
 
@@ -281,7 +279,7 @@ def list_source(source, seen):
         yield from list_archive(source, seen)
 
 
-def identity(path):
+def file_identity(path):
     """Equal for two names of one file or folder. Raises OSError."""
     status = os.stat(path)
     if status.st_ino:
@@ -295,7 +293,7 @@ def identities_above(folder):
     path = os.path.realpath(folder)
     while os.path.dirname(path) != path:
         path = os.path.dirname(path)
-        above.add(identity(path))
+        above.add(file_identity(path))
     return above
 
 
@@ -309,7 +307,7 @@ def list_folder(folder, seen):
     while folders:
         here = folders.pop()
         try:
-            this = identity(here)
+            this = file_identity(here)
             if this in seen or this in above:
                 yield File(here, problem="second name of a folder: its files are used once")
                 continue
@@ -381,7 +379,7 @@ def list_archive(archive, seen):
     """list_source for an archive. Its files have paths as if it were a folder without a suffix."""
     open_archive = ARCHIVES.get(suffix_of(archive), list_zip)  # a program can be a .zip archive
     try:
-        this = identity(archive)
+        this = file_identity(archive)
         if this in seen:
             yield File(archive, problem="second name of an archive: its files are used once")
             return
@@ -482,7 +480,6 @@ ARCHIVES = {".zip": list_zip, ".tar": list_tar}
 
 
 # ---- from files to frames in an order -----------------------------------------------------------
-
 def read_tables(files, folder, skipped):
     """{key: {column: value}}: what MSLS's tables in a folder say about its images."""
     rows = defaultdict(dict)
@@ -617,7 +614,6 @@ def split_frames(frames, holdout, seed):
 
 
 # ---- from a file to pixels ----------------------------------------------------------------------
-
 # EXIF's Orientation → what turns the picture upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -638,7 +634,7 @@ class Decoded(NamedTuple):
     problem: str          # why it cannot be decoded, or ''
     pixels: np.ndarray    # uint8 (H, W, 3); None if there is a problem, like the rest
     digest: int           # 64 bits of a hash of the pixels
-    look: int             # difference_hash
+    dhash: int            # difference_hash
 
 
 @contextmanager
@@ -752,7 +748,6 @@ def decode_all(plan, H, W, workers):
 
 
 # ---- drawn streets ------------------------------------------------------------------------------
-
 DEMO_STREETS = 2880  # frames that find_pack draws when there is no data
 
 
@@ -838,10 +833,10 @@ class View:
         self.canvas.ellipse((x - radius, y - tall, x + radius, y + tall), colour)
 
 
-def draw_street(seed, city, sequence, frame, image_size):
-    """A PIL image of the pack's frame size: a street, seen from `frame` × 7 m along it."""
+def draw_street(seed, city, street, number, image_size):
+    """A PIL image of the pack's frame size: a street, seen from `number` × 7 m along it."""
     look = CITIES[city]
-    rng = random.Random(f"{seed}/{city}/{sequence}")
+    rng = random.Random(f"{seed}/{city}/{street}")
     hour = 2 * rng.random() ** 1.5  # a row of HOURS, or between two rows
     sun = rng.uniform(-6, 6)        # its x
     height = rng.uniform(*look.tall)
@@ -853,7 +848,7 @@ def draw_street(seed, city, sequence, frame, image_size):
     view.shape(view.paint("5c5e66", 8), (-4.5, 0, 1), (4.5, 0, 1), (0, 0, 400))    # the road
     view.shape(view.paint("a09e98", 8), (-0.15, 0, 1), (0.15, 0, 1), (0, 0, 400))  # its middle line
 
-    for far in range(168 - 7 * frame, 9, -12):  # houses of 12 m, from far to near
+    for far in range(168 - 7 * number, 9, -12):  # houses of 12 m, from far to near
         for side in (-1, 1):
             colour = rng.choice(look.walls)
             tall = height * rng.uniform(0.9, 1.1)
@@ -892,7 +887,6 @@ def draw_house(view, look, colour, tall, lit, side, far, sunny):
 
 
 # ---- writing packs ------------------------------------------------------------------------------
-
 class Duplicates:
     """Finds frames that a pack has already.
 
@@ -913,7 +907,7 @@ class Duplicates:
         self.digests.add(decoded.digest)
 
         if self.last and self.last.frame.sequence_id == decoded.frame.sequence_id:
-            differing = (self.last.look ^ decoded.look).bit_count()
+            differing = (self.last.dhash ^ decoded.dhash).bit_count()
             if differing <= self.bits:
                 return "near-duplicate"
         if repeated:
@@ -1128,8 +1122,8 @@ def explain_emptiness(sources, skipped):
     return f"left out: {list_reasons(skipped)}. For example {path}: {reason}"
 
 
-def summarize(counts, skipped, share):
-    """Say what is in a pack, and what it is too small for. share: of sequences to hold out."""
+def summarize(counts, skipped, share_to_hold_out):
+    """Say what is in a pack, and what it is too small for."""
     for split, cities in counts.items():
         say(f"{split}: {count(sum(cities.values()), 'image')}")
         if len(cities) > 1:
@@ -1139,13 +1133,12 @@ def summarize(counts, skipped, share):
     say(f"left out: {list_reasons(skipped)}{details}")
 
     train, holdout = (sum(counts[split].values()) for split in SPLITS)
-    if share and min(train, holdout) < SCORED:
+    if share_to_hold_out and min(train, holdout) < SCORED:
         say(f"this pack gets no scores: they need {SCORED} held-out frames and {SCORED} others.\n"
             "prepare_data.py --holdout 0 keeps all frames for training")
 
 
 # ---- reading packs ------------------------------------------------------------------------------
-
 class Pack(NamedTuple):
     folder: Path
     image_size: int      # S, the side of the training images
@@ -1240,7 +1233,6 @@ def count_new_images(pack, sources):
 
 
 # ---- the command line ---------------------------------------------------------------------------
-
 def source_path(text):
     """An argparse type: an absolute path with /, as all paths inside the program."""
     return os.path.abspath(expand(text)).replace(os.sep, "/")

@@ -71,14 +71,18 @@ MAX_WEBP = 16_383       # pixels on a side: the format's limit
 def save_grid(G, latent, args):
     n = len(args.seeds)
     scale = args.scale or default_scale(G)
-    pixels = n * (G.image_size * scale) ** 2
-    if pixels > MAX_SHEET:
-        raise InputError(f"{n:,} pictures make a grid of {pixels / 1e6:,.0f} megapixels, which is "
-                         "too large: add --separate for one file per picture, or lower --n")
-
+    check_sheet(n, G.image_size * scale, "add --separate for one file per picture, or lower --n")
     pictures = render(G, latents(args.seeds, G.nz, latent), scale)
     sheet = join(pictures, columns=math.ceil(n ** 0.5))
     save_sheet(sheet, args.out or Path("samples.png"), count(n, "picture"))
+
+
+def check_sheet(n, side, advice):
+    """Raise InputError if n pictures of side × side pixels make too large an image."""
+    pixels = n * side ** 2
+    if pixels > MAX_SHEET:
+        raise InputError(f"{n:,} pictures make an image of {pixels / 1e6:,.0f} megapixels, which "
+                         f"is too large: {advice}")
 
 
 def default_scale(G):
@@ -91,7 +95,7 @@ def save_sheet(sheet, path, content):
     say(f"{path}: {content} ({sheet.width}×{sheet.height} pixels{replaced})")
 
 
-def shorten(seeds, most=6):
+def seeds_text(seeds, most=6):
     """'7,40,12' for a few seeds, '0,1,2,3,4,5,…' for many."""
     words = [str(seed) for seed in seeds[:most]]
     if len(seeds) > most:
@@ -386,7 +390,7 @@ def save_arithmetic(G, latent, args):
     for sign, seeds in args.arithmetic:
         mean = combine([("+", seeds)], G.nz, latent)
         columns.append(torch.cat([latents(seeds, G.nz, latent), mean]))
-        headings.append(f"{sign} {shorten(seeds)}")
+        headings.append(f"{sign} {seeds_text(seeds)}")
     headings[0] = headings[0].removeprefix("+ ")
 
     gap = torch.zeros(0, G.nz)
@@ -399,6 +403,7 @@ def save_arithmetic(G, latent, args):
     scale = args.scale or default_scale(G)
     side = G.image_size * scale
     rows = max(len(z) for z in columns)
+    check_sheet(rows * len(columns), side, "name fewer seeds, or a smaller --scale")
     pictures = torch.zeros(rows, len(columns), 3, side, side, dtype=torch.uint8)
     for i, z in enumerate(columns):
         if len(z):
@@ -480,13 +485,14 @@ def save_nearest(G, latent, args):
     """Section 4.1: each sample beside its nearest training window. Prints the median distance."""
     pack = open_matching_pack(args.nearest, G)
     n = len(args.seeds)
+    scale = args.scale or default_scale(G)
+    check_sheet(2 * n, G.image_size * scale, "lower --n, or --scale")
     samples = render(G, latents(args.seeds, G.nz, latent)) / 127.5 - 1
     held_out = spread_windows(pack.holdout, n, pack.image_size)
     copies = spread_windows(pack.train, n, pack.image_size)
     images = torch.cat([samples, *held_out, *copies]).to(device_of(G))
     distances, nearest = nearest_windows(pack.folder / "train.npy", images)
 
-    scale = args.scale or default_scale(G)
     pairs = torch.cat([samples, nearest[:n]], dim=3)
     pairs = F.interpolate(pairs, scale_factor=scale, mode="bicubic")
     sheet = join(to_grey_levels(pairs), columns=math.ceil(n ** 0.5))
@@ -606,8 +612,7 @@ def parse_args(argv=None):
     add("--checkpoint", type=Path,
         help="a run's folder or a file in it (default: the newest run in runs/)")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seeds", type=seed_list, default="0-63",
-                       help="seeds of the pictures (default: %(default)s)")
+    seeds.add_argument("--seeds", type=seed_list, help="seeds of the pictures (default: 0-63)")
     seeds.add_argument("--n", type=int, help="number of pictures: seeds 0 to N-1")
     add("--scale", type=int,
         help="enlarge the pictures by this factor (default: to 128 pixels in a grid, or else 1)")
@@ -633,6 +638,11 @@ def parse_args(argv=None):
         help="print how well D's features predict the cities of this pack")
     args = parser.parse_args(argv)
 
+    pictures = args.seeds is not None or args.n or args.scale or args.out
+    if pictures and (args.score or args.features):
+        parser.error("--score and --features draw nothing: leave out --seeds, --n, --scale, --out")
+    if args.seeds is None:
+        args.seeds = range(64)
     if args.n is not None:
         if not 1 <= args.n <= 10_000_000:
             parser.error(f"--n {args.n}: choose from 1 to 10,000,000")

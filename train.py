@@ -77,7 +77,7 @@ class DCGAN:
 
         args = parse_args(["--preset", "small-64"])
         dcgan = DCGAN(args, set_up_device(args))
-        stats = dcgan.step(frames)
+        stats = dcgan.step(frames)  # a batch, see there
 
     It seeds torch's random numbers with --seed.
     """
@@ -114,10 +114,12 @@ class DCGAN:
     def step(self, frames):
         """One update of D, then one of G.
 
-        frames: uint8 (N, H, W, 3) on the device. Returns {name: float32 scalar on the device}.
+        frames: uint8 (N, H, W, 3) on the device, W ≥ H ≥ image_size, N > 1. Returns {name: float32
+        scalar on the device}.
+
         This is algorithm 1 of Goodfellow et al. 2014 with k = 1, but as in pytorch/examples: both
-        updates look at the same fakes, and G has the non-saturating loss. So D(G(z)) is known
-        twice: before D's update (z1) and after it (z2).
+        updates look at the same fakes, and G has the non-saturating loss. So one D(G(z)) is known
+        twice: before D's update and after it. pytorch/examples names them z1 and z2.
         test_a_step_equals_the_plain_loop_to_rounding in tests/test_train.py shows the same step in
         its well-known form. Do not call .item() here: it waits for the device, and a CUDA graph
         cannot record it.
@@ -192,9 +194,9 @@ class DCGAN:
         """Move G_ema towards G's weights as they are before this step's update of G.
 
         That update comes later, because on Gaudi it ends the graph. n: images of this step in all
-        processes. In step t the average moves by 7/t of the way. The weights of step s then count
-        (s/t)^7, which is 1/2 at s = 0.91 t: half is forgotten in a tenth of the run. In the first 7
-        steps the average is a copy. In long runs half is forgotten in 20,000 images.
+        processes. In step t the average moves by 7/t of the way. All weights up to step s together
+        then count (s/t)^7, which is 1/2 at s = 0.91 t: half is forgotten in a tenth of the run. In
+        the first 7 steps the average is a copy. In long runs half is forgotten in 20,000 images.
         """
         self.steps += 1
         slowest = 1 - 0.5 ** (n / 20_000)
@@ -277,20 +279,6 @@ class DCGAN:
             loaded[i] = moments
         optimizer.load_state_dict({"state": loaded, "param_groups": [group]})
 
-    def load_networks(self, path):
-        """Start from the networks of another run, or of a file with G alone. Raises InputError."""
-        content = load_file(path)
-        G = rebuild(Generator, content, ("G", *G_NAMES), path)
-        average = rebuild(Generator, content, G_NAMES, path)
-        self.G.load_state_dict(G.state_dict())
-        self.G_ema.load_state_dict(average.state_dict())
-        try:
-            D = rebuild(Discriminator, content, D_NAMES, path)
-        except InputError:
-            say(f"{path} has no discriminator: D starts anew")
-        else:
-            self.D.load_state_dict(D.state_dict())
-
 
 def translate(images):
     """Images (N, C, S, S), each shifted by up to S/8 pixels, with zeros at the border.
@@ -365,7 +353,8 @@ def share(frames, ranks, batch_size):
 def cut_stretches(frames, batch_size):
     """(stretches [(start, stop), …] of the frames, steps per epoch).
 
-    A stretch has 256 to 512 MB and at least eight batches. A smaller pack is one stretch.
+    A stretch has 256 to 512 MB, or eight batches if these are larger. A smaller pack is one
+    stretch.
     """
     n = max(1, min(frames.nbytes // (256 * 2 ** 20), len(frames) // (8 * batch_size)))
     bounds = np.linspace(0, len(frames), n + 1).astype(int).tolist()
@@ -510,6 +499,9 @@ def set_up_device(args, local_rank=0):
         device.precision = "bf16" if has_bf16 else "fp32"
         device.layout = torch.channels_last
         device.adam = dict(fused=True)
+        if args.threads and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(args.threads)  # the resumed run's, because rounding depends on it
+        args.threads = torch.get_num_threads()
     elif device.kind == "cuda":
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         device.precision = "bf16" if has_bf16 else "fp16"
@@ -539,16 +531,20 @@ def set_up_device(args, local_rank=0):
     if device.kind != "cuda" and (args.graph or device.precision == "fp16"):
         raise InputError("--graph and --precision fp16 are for NVIDIA GPUs: "
                          "use --no-graph --precision auto")
+    return device
+
+
+def name_ignored_options(args, device):
+    """Say which options have no effect."""
+    ignored = [flag(name) for name in OLD_FLAGS if hasattr(args, name)]
+    if ignored:
+        say(f"without effect: {', '.join(ignored)} (bf16 is the default on hpu)")
     if device.kind != "hpu" and (args.bf16_ops or args.fp32_ops):
         say("--bf16-ops and --fp32-ops are for hpu: here torch.autocast's own rules apply")
-    return device
 
 
 def set_gaudi_variables(args):
     """Gaudi's plugin reads its mode and its lists of ops from the environment when it loads."""
-    ignored = [flag(name) for name in OLD_FLAGS if hasattr(args, name)]
-    if ignored:
-        say(f"without effect: {', '.join(ignored)} (bf16 is the default on hpu)")
     variables = {}
     if args.compile:
         variables["PT_HPU_LAZY_MODE"] = "0"  # eager mode; otherwise choose_device sets lazy mode
@@ -691,7 +687,7 @@ def save_file(path, content):
     write_file(path, buffer.getbuffer())
 
 
-def find_run(args):
+def checkpoint_path(args):
     """The path of the checkpoint in --out, which need not exist. Raises InputError."""
     out = Path(args.out or "runs")  # the pack can still choose a folder in runs
     for folder in (out, *out.absolute().parents):
@@ -728,12 +724,12 @@ def restore(dcgan, path, pack):
         raise InputError(f"{path} is not a checkpoint of this train.py: name another --out, "
                          f"or start a new run from it: --init {path} --out NEW")
     run = path.parent
-    for name in SIZES:
-        wanted = getattr(dcgan.args, name)
-        has = saved["sizes"].get(name, wanted)  # an older run does not know a new option
-        if wanted != has:
-            raise InputError(f"{flag(name)} {wanted}: {run} has {flag(name)} {has}. Leave it out, "
-                             "or name another --out")
+    sizes = {name: getattr(dcgan.args, name) for name in SIZES}
+    has = sizes | saved["sizes"]  # an older run does not know a new option
+    differing = [f"{flag(name)} {has[name]}" for name in SIZES if has[name] != sizes[name]]
+    if differing:
+        raise InputError(f"{run} has other networks than these options: use {' '.join(differing)}, "
+                         "or name another --out")
     if saved["pack"] != pack.identity:
         raise InputError(f"{run} was trained on other frames than {pack.folder} has. To continue "
                          f"with these, start a new run: --init {run} --out NEW")
@@ -743,6 +739,21 @@ def restore(dcgan, path, pack):
         raise InputError(f"{path} does not fit these networks ({one_line(error)}): "
                          "name another --out") from error
     return saved["step"], saved["images"], saved["scores"]
+
+
+def start_from(dcgan, path):
+    """Give a DCGAN the networks of another run, or of a file with G alone. Raises InputError."""
+    content = load_file(path)
+    G = rebuild(Generator, content, ("G", *G_NAMES), path)
+    average = rebuild(Generator, content, G_NAMES, path)
+    dcgan.G.load_state_dict(G.state_dict())
+    dcgan.G_ema.load_state_dict(average.state_dict())
+    try:
+        D = rebuild(Discriminator, content, D_NAMES, path)
+    except InputError:
+        say(f"{path} has no discriminator: D starts anew")
+    else:
+        dcgan.D.load_state_dict(D.state_dict())
 
 
 def check_finite(state, step):
@@ -811,9 +822,12 @@ class Reporter:
         args, pack = self.args, self.pack
         if args.resume and not self.unchanged:
             say(f"no run in {self.out}: starting one")
+        if self.unchanged and not (self.out / "args.json").exists():
+            say(f"{self.out / 'args.json'} was missing: options that were not typed are defaults")
         steps = math.ceil(max(0, self.total - images) / self.images_per_step())
+        threads = f", threads {args.threads}" if args.threads else ""
         say(f"{args.preset} in {self.dcgan.device.precision} on {self.dcgan.world} × "
-            f"{self.dcgan.device.kind}, batch size {args.batch_size}\n"
+            f"{self.dcgan.device.kind}, batch size {args.batch_size}{threads}\n"
             f"{len(pack.train):,} training frames of {pack.folder}\n"
             f"run {self.out}, image {images:,} of {self.total:,}: {steps:,} steps to go")
         if step + steps < 1000:
@@ -867,7 +881,7 @@ class Reporter:
             f"Loss_D {stats['Loss_D']:.2f} Loss_G {stats['Loss_G']:.2f} D(x) {stats['D(x)']:.2f} "
             f"D(G(z)) {stats['D(G(z1))']:.2f}/{stats['D(G(z2))']:.2f} {rate:,.0f}/s")
         self.logs += 1
-        if self.logs == 2:  # the first rate is that of one step, which is slow
+        if self.logs == 2 and images < self.total:  # the first rate is of one step, which is slow
             say(f"{rate:,.0f} images/s: about {self.time_left(images)} left")
 
     def time_left(self, images):
@@ -997,7 +1011,7 @@ class Reporter:
 DEFAULTS = dict(
     data=None, preset=None, init=None, out=None, resume=False, device="auto", epochs=None,
     minutes=0, seed=0, precision="auto", bf16_ops=None, fp32_ops=None, compile=False, graph=False,
-    save_minutes=5, log_seconds=10)
+    save_minutes=5, log_seconds=10, threads=None)
 DEMO = dict(preset="demo-64", epochs=1000, minutes=4.5, save_minutes=1)  # without --data
 LIMITS = dict(  # least and greatest values
     epochs=(1, 10 ** 9), minutes=(0, math.inf), batch_size=(2, 10 ** 6), nz=(1, 10 ** 6),
@@ -1077,9 +1091,7 @@ def parse_args(argv=None, data_options=None):
     With neither a preset nor data_options, the preset and what it sets are None.
     """
     typed = vars(make_parser().parse_args(argv))
-    for name, (least, most) in LIMITS.items():
-        if name in typed and not least <= typed[name] <= most:  # not a number fails too
-            raise InputError(f"{flag(name)} {typed[name]}: choose from {least} to {most}")
+    check_limits(typed)
     for name in ("data", "init", "out", "bf16_ops", "fp32_ops"):
         if name in typed:
             if not typed[name]:
@@ -1108,6 +1120,13 @@ def parse_args(argv=None, data_options=None):
     return argparse.Namespace(**options | dict(out=out))
 
 
+def check_limits(options):
+    """Raise InputError for a number outside its limits."""
+    for name, (least, most) in LIMITS.items():
+        if name in options and not least <= options[name] <= most:  # not a number fails too
+            raise InputError(f"{flag(name)} {options[name]}: choose from {least} to {most}")
+
+
 def flag(name):
     """The option's name as it is typed."""
     return "--" + name.replace("_", "-")
@@ -1118,13 +1137,11 @@ def read_args(out):
     path = Path(out, "args.json")
     try:
         options = json.loads(path.read_bytes())
-        numbers = all(isinstance(options.get(name, 0), (int, float)) for name in LIMITS)
-        if options["preset"] not in PRESETS or not numbers:
+        if options["preset"] not in PRESETS:
             raise ValueError("an option is wrong")
+        check_limits(options)
         return options
     except FileNotFoundError:
-        if Path(out, "checkpoint.pt").exists():
-            say(f"{path} is missing: the options of the run come from the command line")
         return {}
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error)}): "
@@ -1146,12 +1163,13 @@ def sizes_of_init(typed):
 def prepare(argv, ranks):
     """(options, Device, Pack) for a command line. Raises InputError."""
     args = parse_args(argv)
-    find_run(args)  # an existing run is noticed before a long preparation of raw images
+    checkpoint_path(args)  # an existing run is noticed before a long preparation of raw images
     device = set_up_device(args, ranks.local_rank)
     pack = find_data(args, ranks)
     if args.preset is None:  # the pack chooses one, and it decides about --out and --resume
         args = parse_args(argv, options_for(pack))
         device = set_up_device(args, ranks.local_rank)
+    name_ignored_options(args, device)
     args.data = str(pack.folder.absolute())  # a run can be resumed in another folder
     return args, device, pack
 
@@ -1166,7 +1184,7 @@ def main(argv=None):
     began = time.monotonic()
     ranks = Ranks()
     args, device, pack = prepare(argv, ranks)
-    checkpoint = find_run(args)
+    checkpoint = checkpoint_path(args)
     frames = share(pack.train, ranks, args.batch_size)
     images_per_step = args.batch_size * ranks.world
     images_per_epoch = cut_stretches(frames, args.batch_size)[1] * images_per_step
@@ -1178,12 +1196,12 @@ def main(argv=None):
     # Connect the processes, and restore the run.
     ranks.connect(device.backend)
     dcgan = DCGAN(args, device, ranks.world)
-    unchanged = fingerprint(checkpoint)
+    before = fingerprint(checkpoint)  # None in a new run
     step, images, scores = 0, 0, []
-    if unchanged:
+    if before:
         step, images, scores = restore(dcgan, checkpoint, pack)
     elif args.init:
-        dcgan.load_networks(find_checkpoint(args.init, "best.pt", "checkpoint.pt"))
+        start_from(dcgan, find_checkpoint(args.init, "best.pt", "checkpoint.pt"))
     if images - total >= images_per_epoch:  # less: the run had batches of another size
         raise InputError(f"--epochs {args.epochs}: {args.out} has passed image {total:,}. "
                          f"Use --epochs {images // images_per_epoch + 1} or more")
@@ -1197,7 +1215,7 @@ def main(argv=None):
     train_step = graphed(dcgan.step) if args.graph else dcgan.step
     reporter = None
     if ranks.rank == 0:
-        reporter = Reporter(args, pack, dcgan, total, ends, scores, unchanged)
+        reporter = Reporter(args, pack, dcgan, total, ends, scores, before)
     with silent_writer(), catch_signals() as received:
         if reporter:
             reporter.start(step, images)
@@ -1211,7 +1229,9 @@ def main(argv=None):
             if reporter:
                 reporter.after_step(step, images, stats, feed.waited)
             if ranks.world == 1 or step % 10 == 0:  # several stop together, and asking takes time
-                signum, late = ranks.largest(max(received, default=0), time.monotonic() > ends)
+                signum = max(received, default=0)
+                late = time.monotonic() > ends
+                signum, late = ranks.largest(signum, late)
 
         # End.
         if reporter:

@@ -300,6 +300,8 @@ def test_more_pictures_than_a_grid_or_a_page_can_hold_are_refused_before_drawing
     assert "add --separate" in call(*words, 50_000, status=2)
     line = call(*words, 70_000, "--out", "page.html", "--scale", 2, status=2)
     assert "at most 65,025" in line
+    arithmetic = sample, "--checkpoint", lively, "--arithmetic", "0-3000 - 5"
+    assert "too large: name fewer seeds" in call(*arithmetic, status=2)
     assert not list(Path().iterdir())
 
 
@@ -680,6 +682,12 @@ def test_coverage_falls_when_the_pictures_repeat(halves, score):
     assert coverage(3) < 0.5 * coverage(30) < 0.5 * score.real[1]
 
 
+def test_pictures_of_one_colour_have_a_score(score):
+    """Where nothing varies, normalising must not divide by zero."""
+    distance, coverage = judge(score, torch.full((score.images, 3, 32, 32), 0.5))
+    assert 0 < distance < float("inf") and coverage < 0.1
+
+
 def test_the_score_is_printed_beside_that_of_real_images(halves, lively, call, tmp_path):
     text = call(sample, "--checkpoint", lively, "--score", halves)
     real_distance, real_coverage = map(float, re.findall(r"real images ([\d.]+)", text))
@@ -824,7 +832,7 @@ def test_cities_that_differ_by_noise_alone_are_told_apart_by_chance(lively, call
 def test_a_pack_or_sum_that_an_experiment_cannot_use_is_one_line(pack, lively, call, tmp_path):
     three = noise_frames(3, 32)
     two_large = {"Bath": noise_frames(2, 64)}
-    words = "--checkpoint", lively, "--out", "out.png"
+    words = "--checkpoint", lively
     alone = write_pack(tmp_path / "alone", 32, {"Bath": three}, {"Bath": three})
     empty = write_pack(tmp_path / "empty", 32, {"Bath": three, "Ulm": three}, {})
     large = write_pack(tmp_path / "large", 64, two_large, two_large)
@@ -861,7 +869,7 @@ def test_a_pack_or_sum_that_an_experiment_cannot_use_is_one_line(pack, lively, c
 # ---- the command line ----------------------------------------------------------------------------
 def test_a_value_that_makes_no_picture_is_refused_before_any_work(call):
     for words in ("--n 0", "--n -3", "--n 99999999999", "--scale 0", "--scale 99", "--seeds x",
-                  "--n 3 --seeds 0-2"):
+                  "--n 3 --seeds 0-2", "--score pack --seeds 3", "--features pack --out a.png"):
         assert "sample.py: error: " in call(sample, *words.split(), status=2)
     for words in ("--frames 0", "--scale 0", "--fps 0", "--fps 51", "--grid 0x1", "--grid 3",
                   "--seeds 5-3", "--seeds 0-6 --grid 3x1"):

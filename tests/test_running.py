@@ -310,11 +310,50 @@ def test_a_containers_quota_sets_the_number_of_threads(files, threads, tmp_path,
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(model, "free_cores", lambda: 4)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
         model.limit_threads(tmp_path)
         assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("load, free", [("idle", 4), ("nice", 4), ("user", 3), ("others", 4)])
+def test_cores_that_other_programs_use_are_left_to_them(load, free, monkeypatch):
+    """Core 1 of four is busy, or does nice work, or only cores are busy that this process may not use."""
+    def stat(tick):
+        lines = ["cpu 1 1 1 1 1 1 1 0 0 0", "intr 1 2 3"]
+        for core in range(8):
+            busy = core > 3 if load == "others" else core == 1
+            kind = {"others": "user"}.get(load, load) if busy else "idle"
+            numbers = [tick if name == kind else 0 for name in ("user", "nice", "system", "idle", "iowait", "irq")]
+            lines.append(f"cpu{core} {' '.join(map(str, numbers))} 0 0 0 0")
+        return "\n".join(lines)
+
+    texts = iter([stat(100), stat(130)])
+    monkeypatch.setattr(model.Path, "read_text", lambda path: next(texts))
+    monkeypatch.setattr(model.os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    assert model.free_cores(seconds=0) == free
+
+
+def test_a_resumed_run_has_the_number_of_threads_that_it_began_with(trained, tmp_path, monkeypatch):
+    """Rounding depends on it. OMP_NUM_THREADS, which a user sets, overrides it."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    out = shutil.copytree(trained, tmp_path / "run")
+    options = json.loads((out / "args.json").read_text())
+    (out / "args.json").write_text(json.dumps(options | {"threads": 3, "device": "cpu"}))
+    words = "--resume", "--out", str(out)
+    try:
+        train.set_up_device(train.parse_args(words))
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        args = train.parse_args(words)
+        train.set_up_device(args)
+        assert torch.get_num_threads() == args.threads == 2
     finally:
         torch.set_num_threads(before)
 

@@ -599,6 +599,10 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
     (damaged / "args.json").write_text("{")
     wrong = shutil.copytree(trained, tmp_path / "wrong")
     (wrong / "args.json").write_text("{}")
+    options = json.loads((trained / "args.json").read_text())
+    for name, saved in (("list", []), ("empty batch", options | {"batch_size": 0})):
+        folder = shutil.copytree(trained, tmp_path / name)
+        (folder / "args.json").write_text(json.dumps(saved))
     lost = shutil.copytree(trained, tmp_path / "lost")
     (lost / "checkpoint.pt").rename(lost / "keep.pt")
     (tmp_path / "dead link").symlink_to(tmp_path / "nowhere")
@@ -624,8 +628,10 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
             (["--resume", "--out", lost], "but no checkpoint.pt: put it back"),
             (["--resume", "--out", trained, "--epochs", 1], "has passed image 128. Use --epochs 3 or more"),
             (["--resume", "--out", wrong], "args.json cannot be read ('preset')"),
+            (["--resume", "--out", tmp_path / "list"], "args.json cannot be read"),
+            (["--resume", "--out", tmp_path / "empty batch"], "cannot be read (--batch-size 0: choose"),
             ([*tiny, "--out", "dead link/run"], "is not a folder"),
-            (["--resume", "--out", trained, "--ngf", 8], f"--ngf 8: {trained} has --ngf 4. Leave it out"),
+            (["--resume", "--out", trained, "--ngf", 8], f"{trained} has other networks than these options: use --ngf 4, or"),
             (["--resume", "--out", trained, "--data", other_pack], f"start a new run: --init {trained} --out NEW"),
             (["--resume", "--out", damaged], "args.json cannot be read"),
             ([*tiny, "--init", tmp_path / "other"], "holds none of best.pt, checkpoint.pt"),
@@ -637,7 +643,7 @@ def test_wrong_paths_and_combinations_are_one_line(pack, trained, tmp_path, monk
             ([*tiny, "--sed", 4], "--sed")):
         assert says in refusal(capfd, *words), words
     names = {path.name for path in tmp_path.iterdir()}
-    assert names <= {"a file", "other", "pack", "damaged", "runs", "wrong", "lost", "dead link"}, "a refused run leaves no files"
+    assert names <= {"a file", "other", "pack", "damaged", "runs", "wrong", "lost", "dead link", "list", "empty batch"}, "a refused run leaves no files"
     for name, value in (("WORLD_SIZE", 2), ("RANK", 0), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", 1)):
         monkeypatch.setenv(name, str(value))  # as torchrun does
     Image.new("RGB", (300, 200)).save(tmp_path / "other" / "street.jpg")
