@@ -173,7 +173,7 @@ PRESETS = {
     "small-128": dict(NAIVE, image_size=128, ngf=16, ndf=16, batch_size=16, augment=True,
                       mirror=True),
     # drawn streets in five minutes on a CPU
-    "demo-64": dict(NAIVE, ngf=24, ndf=16, batch_size=16, lr=4e-4, augment=True),
+    "demo-64": dict(NAIVE, ngf=24, ndf=16, batch_size=16, lr=4e-4, augment=True, mirror=True),
 }
 # The options that a checkpoint's weights fit, and that are saved with them. rebuild() passes them
 # to the networks whose arguments have these names.
@@ -289,8 +289,8 @@ class Score:
         for frames in (train, holdout):
             _, H, W, _ = frames.shape
             if frames.dtype != "uint8" or not image_size <= H <= W:
-                raise InputError("a score needs uint8 frames (N, H, W, 3) with W ≥ H ≥ "
-                                 f"{image_size}: these are {frames.dtype} {frames.shape}")
+                raise InputError("a score needs NumPy arrays of uint8 frames (N, H, W, 3) with W ≥ "
+                                 f"H ≥ {image_size}: these are {frames.dtype} {frames.shape}")
 
         # Images are compared in groups of one size. Small packs have several windows of a frame.
         self.group_size = min(len(train), len(holdout), 2048)
@@ -771,7 +771,8 @@ def seed_list(text):
 
 def one_line(error):
     """The text of an exception on one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 300 else words[:299] + "…"
 
 
 def say(*values, end="\n", file=None):

@@ -668,14 +668,14 @@ def check_out(parser, args):
         if args.out.is_file() or suffix in (*images, ".html"):
             parser.error(f"--out {args.out}: it is a file, and --separate and --real write to a "
                          "folder")
+    elif args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder: name a file")
     elif args.arithmetic or args.nearest:
         if suffix not in images:
             parser.error(f"--out {args.out}: name a .png, .jpg or .webp file")
     elif suffix not in (*images, ".html"):
         parser.error(f"--out {args.out}: name a .png, .jpg or .webp file, a .html file for a page, "
                      "or add --separate to write to a folder")
-    elif args.out.is_dir():
-        parser.error(f"--out {args.out} is a folder: name a file")
 
 
 @torch.no_grad()

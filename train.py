@@ -112,17 +112,15 @@ class DCGAN:
             self.D.compile(backend=device.compiler)
 
     def step(self, frames):
-        """One update of D, then one of G.
+        """One update of D, then one of G, on the same fakes.
 
         frames: uint8 (N, H, W, 3) on the device, W ≥ H ≥ image_size, N > 1. Returns {name: float32
         scalar on the device}.
 
-        This is algorithm 1 of Goodfellow et al. 2014 with k = 1, but as in pytorch/examples: both
-        updates look at the same fakes, and G has the non-saturating loss. So one D(G(z)) is known
-        twice: before D's update and after it. pytorch/examples names them z1 and z2.
-        test_a_step_equals_the_plain_loop_to_rounding in tests/test_train.py shows the same step in
-        its well-known form. Do not call .item() here: it waits for the device, and a CUDA graph
-        cannot record it.
+        This is algorithm 1 of Goodfellow et al. 2014 with k = 1 and the non-saturating loss. One
+        and the same D(G(z)) is known before D's update (z1) and after it (z2), as pytorch/examples
+        names them. test_a_step_equals_the_plain_loop_to_rounding in tests/test_train.py shows this
+        step in its well-known form.
         """
         G, D = self.G, self.D
         real = cut_windows(frames, self.args.image_size, self.args.mirror)
@@ -131,7 +129,7 @@ class DCGAN:
         # D learns: D(x) rises for real images, and D(G(z)) falls.
         with self.autocast():
             fake = G(z)
-            # The same rounding and layout for both kinds: torch.compile traces D once.
+            # Real images get the fakes' dtype and layout, so that torch.compile traces D once.
             real = real.to(fake.dtype, memory_format=self.device.layout)
             # Real and fake images go through D apart: each kind has its own batch statistics.
             on_real = self.logits(D, real)
@@ -145,7 +143,8 @@ class DCGAN:
             on_fake_after = self.logits(D, fake)
         loss_G = g_loss(on_fake_after)
         with torch.no_grad():
-            # TensorBoard shows all of these. Reporter.log prints five of them.
+            # Add a number here, and TensorBoard shows it. Reporter.log prints these. Do not call
+            # .item(): it waits for the device, and a CUDA graph cannot record it.
             stats = {
                 "Loss_D": loss_D.detach(),
                 "Loss_G": loss_G.detach(),
@@ -153,8 +152,9 @@ class DCGAN:
                 "D(G(z1))": on_fake.sigmoid().mean(),
                 "D(G(z2))": on_fake_after.sigmoid().mean(),
             }
+        # On Gaudi, G's update ends the graph, so it must be last. G_ema is one step behind.
         self.update_average(len(frames) * self.world)
-        self.update(self.opt_G, loss_G)  # last: on Gaudi it ends the graph, with all of the above
+        self.update(self.opt_G, loss_G)
         D.requires_grad_(True)
         return stats
 
@@ -191,12 +191,11 @@ class DCGAN:
 
     @torch.no_grad()
     def update_average(self, n):
-        """Move G_ema towards G's weights as they are before this step's update of G.
+        """Move G_ema towards G's weights. n: images of this step in all processes.
 
-        That update comes later, because on Gaudi it ends the graph. n: images of this step in all
-        processes. In step t the average moves by 7/t of the way. All weights up to step s together
-        then count (s/t)^7, which is 1/2 at s = 0.91 t: half is forgotten in a tenth of the run. In
-        the first 7 steps the average is a copy. In long runs half is forgotten in 20,000 images.
+        In step t it moves by 7/t of the way. All weights up to step s together then count (s/t)^7,
+        which is 1/2 at s = 0.91 t: half is forgotten in a tenth of the run. In the first 7 steps
+        the average is a copy. In long runs half is forgotten in 20,000 images.
         """
         self.steps += 1
         slowest = 1 - 0.5 ** (n / 20_000)
@@ -284,7 +283,8 @@ def translate(images):
     """Images (N, C, S, S), each shifted by up to S/8 pixels, with zeros at the border.
 
     This is DiffAugment's translation (Zhao et al. 2020, https://arxiv.org/abs/2006.10738). Products
-    with 0/1 matrices need no gather, which Gaudi lacks for some types.
+    with 0/1 matrices move row i - shift to row i. They need no gather, which Gaudi lacks for some
+    types.
     """
     S = images.shape[-1]
     pixels = torch.arange(S, device=images.device)
@@ -362,8 +362,12 @@ def cut_stretches(frames, batch_size):
     return stretches, sum((stop - start) // batch_size for start, stop in stretches)
 
 
-def batches(frames, batch_size, seeds, step=0, pin=False):
-    """Yield uint8 (batch_size, H, W, 3) on the CPU, without end, from a run's step `step` on.
+READ_AHEAD = 4  # batches that are gathered before they are needed
+KEPT = 3  # batches that stay valid: the one in use, and two that CUDA may still be copying
+
+
+def batches(frames, batch_size, seeds, seen=0, pin=False):
+    """Yield uint8 (batch_size, H, W, 3) on the CPU, without end, but the first `seen` batches.
 
     Stretches of the memory-mapped frames are read in random order, and the frames of each are
     shuffled. A pack has its sequences in random order, so a stretch samples hundreds of streets.
@@ -371,15 +375,11 @@ def batches(frames, batch_size, seeds, step=0, pin=False):
     leaves out the rest of a stretch. Two threads read and gather ahead. The memory of a batch is
     used again when the third batch after it is taken.
     """
-    stretches = read_ahead(read_stretches(frames, batch_size, seeds, step), 1)
+    stretches = read_ahead(read_stretches(frames, batch_size, seeds, seen), 1)
     return read_ahead(gather(stretches, (batch_size, *frames.shape[1:]), pin), READ_AHEAD)
 
 
-READ_AHEAD = 4  # batches that are gathered before they are needed
-KEPT = 3  # batches that stay valid: the one in use, and two that CUDA may still be copying
-
-
-def read_stretches(frames, batch_size, seeds, step):
+def read_stretches(frames, batch_size, seeds, seen):
     """Yield (frames of a stretch, rows (batches, batch_size) of them), epoch after epoch.
 
     Two buffers take turns: one is read while batches are gathered from the other.
@@ -387,16 +387,16 @@ def read_stretches(frames, batch_size, seeds, step):
     stretches, steps_per_epoch = cut_stretches(frames, batch_size)
     longest = max(stop - start for start, stop in stretches)
     buffers = cycle(np.empty((longest, *frames.shape[1:]), np.uint8) for _ in range(2))
-    seen = step % steps_per_epoch  # batches of this epoch that the run has seen
+    skip = seen % steps_per_epoch  # batches of this epoch that the run has seen
 
-    for epoch in count(step // steps_per_epoch):
+    for epoch in count(seen // steps_per_epoch):
         rng = np.random.default_rng((*seeds, epoch))
         for start, stop in rng.permutation(stretches):
             rows = rng.permutation(stop - start)  # of seen stretches too: later ones depend on it
             whole = len(rows) // batch_size
             rows = rows[:whole * batch_size].reshape(whole, batch_size)
-            unseen = rows[seen:]
-            seen = max(0, seen - whole)
+            unseen = rows[skip:]
+            skip = max(0, skip - whole)
             if len(unseen):
                 buffer = next(buffers)[:stop - start]
                 copy_in_parts(frames[start:stop], buffer)
@@ -504,6 +504,9 @@ def set_up_device(args, local_rank=0):
         args.threads = torch.get_num_threads()
     elif device.kind == "cuda":
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+        if args.precision == "bf16" and not has_bf16:
+            raise InputError("--precision bf16: this GPU has no bf16 (it needs compute capability "
+                             "8): use --precision auto")
         device.precision = "bf16" if has_bf16 else "fp16"
         device.layout = torch.channels_last
         device.adam = dict(fused=True, capturable=args.graph)
@@ -523,9 +526,6 @@ def set_up_device(args, local_rank=0):
         device.compiler = "hpu_backend"
         device.peak_memory = torch.hpu.max_memory_allocated
 
-    if args.precision == "bf16" and device.kind == "cuda" and not has_bf16:
-        raise InputError("--precision bf16: this GPU has no bf16 (it needs compute capability 8): "
-                         "use --precision auto")
     if args.precision != "auto":
         device.precision = args.precision
     if device.kind != "cuda" and (args.graph or device.precision == "fp16"):
@@ -1087,8 +1087,9 @@ def parse_args(argv=None, data_options=None):
     """The options of a run. Raises InputError.
 
     What was typed overrides the resumed run's args.json, or the sizes of --init in a new run. These
-    override data_options (what options_for the pack gives) or DEMO, and they override the preset.
-    With neither a preset nor data_options, the preset and what it sets are None.
+    override data_options (what options_for the pack gives), or DEMO without --data, and they
+    override the preset. With --data, but neither a preset nor data_options, the preset and what it
+    sets are None.
     """
     typed = vars(make_parser().parse_args(argv))
     check_limits(typed)
@@ -1101,7 +1102,7 @@ def parse_args(argv=None, data_options=None):
                 typed[name] = os.path.abspath(typed[name])
 
     follows = data_options or {}
-    if not typed.keys() & {"data", "preset", "init"}:
+    if "data" not in typed:
         follows = DEMO
     preset = typed.get("preset", follows.get("preset"))
     out = typed.get("out", preset and f"runs/{preset}")
@@ -1160,8 +1161,8 @@ def sizes_of_init(typed):
 
 
 # ---- the program ---------------------------------------------------------------------------------
-def prepare(argv, ranks):
-    """(options, Device, Pack) for a command line. Raises InputError."""
+def set_up(argv, ranks):
+    """(options, Device, Pack, path of the checkpoint) of a command line. Raises InputError."""
     args = parse_args(argv)
     checkpoint_path(args)  # an existing run is noticed before a long preparation of raw images
     device = set_up_device(args, ranks.local_rank)
@@ -1171,7 +1172,7 @@ def prepare(argv, ranks):
         device = set_up_device(args, ranks.local_rank)
     name_ignored_options(args, device)
     args.data = str(pack.folder.absolute())  # a run can be resumed in another folder
-    return args, device, pack
+    return args, device, pack, checkpoint_path(args)
 
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers on the CPU stay as they are
@@ -1183,8 +1184,7 @@ def main(argv=None):
     # Prepare: options, device, data, and the length of the run in images.
     began = time.monotonic()
     ranks = Ranks()
-    args, device, pack = prepare(argv, ranks)
-    checkpoint = checkpoint_path(args)
+    args, device, pack, checkpoint = set_up(argv, ranks)
     frames = share(pack.train, ranks, args.batch_size)
     images_per_step = args.batch_size * ranks.world
     images_per_epoch = cut_stretches(frames, args.batch_size)[1] * images_per_step
@@ -1202,7 +1202,8 @@ def main(argv=None):
         step, images, scores = restore(dcgan, checkpoint, pack)
     elif args.init:
         start_from(dcgan, find_checkpoint(args.init, "best.pt", "checkpoint.pt"))
-    if images - total >= images_per_epoch:  # less: the run had batches of another size
+    # A run with batches of another size can end a little beyond the total. That is no mistake.
+    if images - total >= images_per_epoch:
         raise InputError(f"--epochs {args.epochs}: {args.out} has passed image {total:,}. "
                          f"Use --epochs {images // images_per_epoch + 1} or more")
     ranks.check_same({"pack": pack.identity, "length in images": total, "progress": images})

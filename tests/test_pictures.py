@@ -300,8 +300,8 @@ def test_more_pictures_than_a_grid_or_a_page_can_hold_are_refused_before_drawing
     assert "add --separate" in call(*words, 50_000, status=2)
     line = call(*words, 70_000, "--out", "page.html", "--scale", 2, status=2)
     assert "at most 65,025" in line
-    arithmetic = sample, "--checkpoint", lively, "--arithmetic", "0-3000 - 5"
-    assert "too large: name fewer seeds" in call(*arithmetic, status=2)
+    arithmetic = sample, "--checkpoint", lively, "--arithmetic"
+    assert "too large: name fewer seeds" in call(*arithmetic, "0-3000 - 5", status=2)
     assert not list(Path().iterdir())
 
 

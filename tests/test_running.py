@@ -320,6 +320,14 @@ def test_a_containers_quota_sets_the_number_of_threads(files, threads, tmp_path,
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("words, preset", [([], "demo-64"), (["--preset", "demo-64"], "demo-64"),
+                                           (["--preset", "small-64"], "small-64")])
+def test_drawn_streets_have_the_length_that_help_says(words, preset):
+    args = train.parse_args(words)
+    assert (args.preset, args.minutes, args.epochs, args.save_minutes) == (preset, 4.5, 1000, 1)
+    assert train.parse_args([*words, "--data", "photos"]).minutes == 0
+
+
 @pytest.mark.parametrize("load, free", [("idle", 4), ("nice", 4), ("user", 3), ("others", 4)])
 def test_cores_that_other_programs_use_are_left_to_them(load, free, monkeypatch):
     """Core 1 of four is busy, or does nice work, or only cores are busy that this process may not use."""
