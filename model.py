@@ -502,7 +502,7 @@ def limit_threads(cgroup="/sys/fs/cgroup"):
 def free_cores(seconds=0.3):
     """How many of the cores that this process may use are free, measured for a moment.
 
-    Infinite where the system does not tell it, as Linux does.
+    Only Linux tells it. Elsewhere the number is infinite.
     """
     try:
         cores = os.sched_getaffinity(0)
