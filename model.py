@@ -480,13 +480,10 @@ def use_once(kind, local_rank):
 
 
 def limit_threads(cgroup="/sys/fs/cgroup"):
-    """Take no more threads than a container's CPU quota, or than cores that are free now.
+    """Take no more threads than a container's CPU quota. torch starts one for each core.
 
-    torch starts a thread for each core. They often wait for each other, so one core that another
-    program uses slows all of them down. OMP_NUM_THREADS overrides it.
+    OMP_NUM_THREADS overrides it.
     """
-    if "OMP_NUM_THREADS" in os.environ:
-        return
     quota = math.inf
     with suppress(OSError, ValueError):  # cgroup v2: "200000 100000" or "max 100000"
         allowed, period = Path(cgroup, "cpu.max").read_text().split()
@@ -495,8 +492,8 @@ def limit_threads(cgroup="/sys/fs/cgroup"):
         allowed = int(Path(cgroup, "cpu/cpu.cfs_quota_us").read_text())
         if allowed > 0:
             quota = allowed / int(Path(cgroup, "cpu/cpu.cfs_period_us").read_text())
-    threads = min(torch.get_num_threads(), quota, free_cores())
-    torch.set_num_threads(max(1, math.ceil(threads)))
+    if quota < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, math.ceil(quota)))
 
 
 def free_cores(seconds=0.3):

@@ -52,9 +52,9 @@ from torchvision.utils import make_grid, save_image
 
 from model import (  # isort: skip
     D_NAMES, DEVICES, G_NAMES, IMAGE_SIZES, NAIVE, PRESETS, SCORED, SIZES, Discriminator, Generator,
-    InputError, Score, choose_device, cut_windows, find_checkpoint, handling, init_weights, latents,
-    load_file, one_line, read_sizes, rebuild, render, run_script, say, spread_windows, warn,
-    write_file)
+    InputError, Score, choose_device, cut_windows, find_checkpoint, free_cores, handling,
+    init_weights, latents, load_file, one_line, read_sizes, rebuild, render, run_script, say,
+    spread_windows, warn, write_file)
 from prepare_data import find_pack, open_pack
 
 
@@ -830,6 +830,7 @@ class Reporter:
             f"{self.dcgan.device.kind}, batch size {args.batch_size}{threads}\n"
             f"{len(pack.train):,} training frames of {pack.folder}\n"
             f"run {self.out}, image {images:,} of {self.total:,}: {steps:,} steps to go")
+        self.advise_on_threads()
         if step + steps < 1000:
             say(f"only {step + steps} steps in all: use a larger --epochs, "
                 "because a GAN learns little in so few")
@@ -846,6 +847,17 @@ class Reporter:
         if not images:
             self.write(step, images, draw=True)  # at a full disk the run ends here
         self.next_save = time.monotonic() + 60 * args.save_minutes
+
+    def advise_on_threads(self):
+        """Say it if other programs use cores now: one thread that waits slows all of them down.
+
+        The number of threads is not changed here, because the rounding depends on it.
+        """
+        threads = self.args.threads or 1
+        fewer = max(1, free_cores()) if threads > 1 else 1
+        if fewer < threads:
+            say("other programs use this machine's cores: beside them, training is faster with "
+                f"OMP_NUM_THREADS={fewer} before the command")
 
     def images_per_step(self):
         return self.args.batch_size * self.dcgan.world

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -310,7 +311,6 @@ def test_a_containers_quota_sets_the_number_of_threads(files, threads, tmp_path,
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(model, "free_cores", lambda: 4)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -329,7 +329,7 @@ def test_drawn_streets_have_the_length_that_help_says(words, preset):
 
 
 @pytest.mark.parametrize("load, free", [("idle", 4), ("nice", 4), ("user", 3), ("others", 4)])
-def test_cores_that_other_programs_use_are_left_to_them(load, free, monkeypatch):
+def test_cores_that_other_programs_use_are_counted(load, free, monkeypatch):
     """Core 1 of four is busy, or does nice work, or only cores are busy that this process may not use."""
     def stat(tick):
         lines = ["cpu 1 1 1 1 1 1 1 0 0 0", "intr 1 2 3"]
@@ -344,6 +344,16 @@ def test_cores_that_other_programs_use_are_left_to_them(load, free, monkeypatch)
     monkeypatch.setattr(model.Path, "read_text", lambda path: next(texts))
     monkeypatch.setattr(model.os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
     assert model.free_cores(seconds=0) == free
+
+
+@pytest.mark.parametrize("threads, free, advice", [(4, 3, "=3"), (2, 0, "=1"), (4, 4, ""), (1, 0, ""), (None, 0, "")])
+def test_a_run_beside_other_programs_starts_with_advice(threads, free, advice, monkeypatch, capsys):
+    """It does not change the number of threads itself: runs with the same options end with the same weights."""
+    monkeypatch.setattr(train, "free_cores", lambda: free)
+    reporter = SimpleNamespace(args=SimpleNamespace(threads=threads))
+    train.Reporter.advise_on_threads(reporter)
+    line = capsys.readouterr().out
+    assert f"OMP_NUM_THREADS{advice} " in line if advice else line == ""
 
 
 def test_a_resumed_run_has_the_number_of_threads_that_it_began_with(trained, tmp_path, monkeypatch):
