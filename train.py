@@ -825,12 +825,14 @@ class Reporter:
         if self.unchanged and not (self.out / "args.json").exists():
             say(f"{self.out / 'args.json'} was missing: options that were not typed are defaults")
         steps = math.ceil(max(0, self.total - images) / self.images_per_step())
-        threads = f", threads {args.threads}" if args.threads else ""
-        say(f"{args.preset} in {self.dcgan.device.precision} on {self.dcgan.world} × "
-            f"{self.dcgan.device.kind}, batch size {args.batch_size}{threads}\n"
+        device = self.dcgan.device
+        threads = f", threads {args.threads}" if device.kind == "cpu" else ""
+        say(f"{args.preset} in {device.precision} on {self.dcgan.world} × {device.kind}, "
+            f"batch size {args.batch_size}{threads}\n"
             f"{len(pack.train):,} training frames of {pack.folder}\n"
             f"run {self.out}, image {images:,} of {self.total:,}: {steps:,} steps to go")
-        self.advise_on_threads()
+        if device.kind == "cpu":
+            self.advise_on_threads()
         if step + steps < 1000:
             say(f"only {step + steps} steps in all: use a larger --epochs, "
                 "because a GAN learns little in so few")
@@ -853,7 +855,7 @@ class Reporter:
 
         The number of threads is not changed here, because the rounding depends on it.
         """
-        threads = self.args.threads or 1
+        threads = self.args.threads
         fewer = max(1, free_cores()) if threads > 1 else 1
         if fewer < threads:
             say("other programs use this machine's cores: beside them, training is faster with "

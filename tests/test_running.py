@@ -346,7 +346,7 @@ def test_cores_that_other_programs_use_are_counted(load, free, monkeypatch):
     assert model.free_cores(seconds=0) == free
 
 
-@pytest.mark.parametrize("threads, free, advice", [(4, 3, "=3"), (2, 0, "=1"), (4, 4, ""), (1, 0, ""), (None, 0, "")])
+@pytest.mark.parametrize("threads, free, advice", [(4, 3, "=3"), (2, 0, "=1"), (4, 4, ""), (1, 0, "")])
 def test_a_run_beside_other_programs_starts_with_advice(threads, free, advice, monkeypatch, capsys):
     """It does not change the number of threads itself: runs with the same options end with the same weights."""
     monkeypatch.setattr(train, "free_cores", lambda: free)
