@@ -72,6 +72,7 @@ def save_grid(G, latent, args):
     n = len(args.seeds)
     scale = args.scale or default_scale(G)
     check_sheet(n, G.image_size * scale, "add --separate for one file per picture, or lower --n")
+
     pictures = render(G, latents(args.seeds, G.nz, latent), scale)
     sheet = join(pictures, columns=math.ceil(n ** 0.5))
     save_sheet(sheet, args.out or Path("samples.png"), count(n, "picture"))

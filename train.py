@@ -77,7 +77,7 @@ class DCGAN:
 
         args = parse_args(["--preset", "small-64"])
         dcgan = DCGAN(args, set_up_device(args))
-        stats = dcgan.step(frames)  # a batch, see there
+        stats = dcgan.step(frames)  # frames: see step
 
     It seeds torch's random numbers with --seed.
     """
@@ -500,7 +500,8 @@ def set_up_device(args, local_rank=0):
         device.layout = torch.channels_last
         device.adam = dict(fused=True)
         if args.threads and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(args.threads)  # the resumed run's, because rounding depends on it
+            # The resumed run's, because rounding depends on it. This machine can have fewer.
+            torch.set_num_threads(min(args.threads, torch.get_num_threads()))
         args.threads = torch.get_num_threads()
     elif device.kind == "cuda":
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
@@ -858,7 +859,7 @@ class Reporter:
         threads = self.args.threads
         fewer = max(1, free_cores()) if threads > 1 else 1
         if fewer < threads:
-            say("other programs use this machine's cores: beside them, training is faster with "
+            say("other programs use this machine's cores: training can be faster with "
                 f"OMP_NUM_THREADS={fewer} before the command")
 
     def images_per_step(self):
