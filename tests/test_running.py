@@ -302,6 +302,13 @@ def test_a_device_that_nobody_has_tried_gets_safe_defaults(monkeypatch):
     assert train.set_up_device(train.parse_args(["--preset", "naive-64", "--device", "mps"])) == train.Device("mps")
 
 
+@pytest.mark.parametrize("words, precision", [([], "fp32"), (["--precision", "bf16"], "bf16")])
+def test_a_cpu_computes_in_fp32_unless_it_is_told(words, precision):
+    """Also one with bf16: beside another program oneDNN's bf16 is many times slower (tests/README.md)."""
+    args = train.parse_args(["--preset", "demo-64", "--device", "cpu", *words])
+    assert train.set_up_device(args).precision == precision
+
+
 @pytest.mark.parametrize("files, threads", [
     ({"cpu.max": "max 100000"}, 4), ({"cpu.max": "150000 100000"}, 2), ({"cpu.max": "50000 100000"}, 1), ({}, 4),
     ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
