@@ -494,8 +494,8 @@ def set_up_device(args, local_rank=0):
     set_gaudi_variables(args)
     device = Device(choose_device(args.device, local_rank).type)
     if device.kind == "cpu":
-        # fp32, even if it has bf16: beside another program, bf16 can take ten times as long
-        # (oneDNN's threads spin in its gradients; see tests/README.md).
+        # fp32, even if it has bf16. Beside another program, bf16 takes five times as long, because
+        # oneDNN's threads spin in its gradients (tests/README.md).
         device.layout = torch.channels_last
         device.adam = dict(fused=True)
         if args.threads and "OMP_NUM_THREADS" not in os.environ:

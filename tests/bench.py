@@ -782,6 +782,7 @@ def compare_rates(folder, share):
             "the disk's rate", reading, disk, "0.8×")
 
     words = ["--data", str(folder / "pack"), "--device", device]
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py, in the process of the next line
     row = next(isolated(600, measure_modes, ["plain"], 5 * share, words))
     plain = plain_rate(endless(photos), 10 * share, device)
     compare(f"train.py, naive-64, batch 128, {row['precision']}; pytorch/examples' loop",
