@@ -33,6 +33,7 @@ class Browser:
     """Use it as a context manager. A phone has a narrow screen with two pixels for each CSS one."""
 
     def __init__(self, phone=False):
+        assert CHROMIUM and CHROMEDRIVER, "the page is tested in a browser: install chromium and chromium-driver"
         self.driver = subprocess.Popen([CHROMEDRIVER, "--port=0"], stdout=subprocess.PIPE,
                                        stderr=subprocess.STDOUT, text=True)
         for line in self.driver.stdout:
@@ -76,6 +77,10 @@ class Browser:
     def run(self, script, *args):
         """What the JavaScript function body returns. A promise is waited for."""
         return self.ask("POST", "/execute/sync", script=script, args=args)
+
+    def devtools(self, command, **words):
+        """Chromium's own commands: https://chromedevtools.github.io/devtools-protocol/"""
+        self.ask("POST", "/goog/cdp/execute", cmd=command, params=words)
 
     def find(self, selector):
         """The protocol's reference to an element, after scrolling to it."""

@@ -1,21 +1,25 @@
-"""What the tests share: running the scripts as people run them.
+"""What the tests share: running the scripts as people run them, and looking at what came out.
 
 Importing torch takes 5 to 10 seconds. Scripts therefore run in forks of a process that has imported it (Python's
 fork server). Each fork has its own folder, environment, arguments and output, and imports the project's files anew.
 Tests on the simulated Gaudi card have a server of their own, because the card needs a library (LD_PRELOAD).
 """
 import atexit
+import json
 import multiprocessing
 import os
 import re
+import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +33,8 @@ PRELOAD = ["torch._dynamo", "torch.utils.tensorboard", "torchvision.utils", "PIL
 SERVERS = {}  # {the library in LD_PRELOAD: its fork server}
 STARTING = threading.Lock()
 
+
+# ---- processes ------------------------------------------------------------------------------------------------------
 
 def start(process, library):
     """Start a process in the fork server that has loaded this library ("" for none)."""
@@ -49,8 +55,14 @@ def command(script, *words):
     return [sys.executable, str(ROOT / script), *map(str, words)]
 
 
-def become(words, folder, env, stdout, stderr):
-    """In a fork: be the script."""
+def torchrun(script, *words, restarts=0):
+    """The command line that runs a script in two processes."""
+    launcher = f"-m torch.distributed.run --standalone --max-restarts {restarts} --nproc-per-node 2".split()
+    return [sys.executable, *launcher, *command(script, *words)[1:]]
+
+
+def become(words, folder, env, first, stdout, stderr):
+    """In a fork: run the lines `first`, then be the script. If they import it, its main() runs as they changed it."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(stdout.fileno(), 1)
     os.dup2(stderr.fileno(), 2)
@@ -64,74 +76,131 @@ def become(words, folder, env, stdout, stderr):
     sys.path[:] = [os.path.dirname(words[0]), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep)), *packages]
     sys.argv = words
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        exec(first, {"os": os, "sys": sys, "signal": signal, "resource": resource})
+        if script := sys.modules.get(Path(words[0]).stem):
+            script.run_script(script.main, "choose less")
+        else:
+            runpy.run_path(words[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out
 
 
 class Fork:
-    """A script that runs in a fork: the part of subprocess.Popen that the tests use, with pipes for the output."""
+    """A script that runs in a fork: the part of subprocess.Popen that the tests use, with pipes for the output.
 
-    def __init__(self, argv, cwd=None, env=None, stderr=subprocess.PIPE):
+    first: lines of Python that run before it, such as limits, ignored signals, closed streams, or patches.
+    """
+
+    def __init__(self, argv, cwd=None, env=None, first="", stderr=subprocess.PIPE):
         (out, out_end), (err, err_end) = (FORKS.Pipe(duplex=False) for _ in range(2))
         ends = out_end, (out_end if stderr == subprocess.STDOUT else err_end)
         env = dict(os.environ if env is None else env)
-        self.process = FORKS.Process(target=become, args=(argv[1:], str(cwd or os.getcwd()), env, *ends))
+        self.lock = threading.Lock()  # the exit status can be read once
+        self.process = FORKS.Process(target=become, args=(argv[1:], str(cwd or os.getcwd()), env, first, *ends))
         start(self.process, env.get("LD_PRELOAD", ""))
         self.pid = self.process.pid
         self.stdout, self.stderr = (open(os.dup(pipe.fileno()), errors="replace") for pipe in (out, err))
         for pipe in (out, err, out_end, err_end):
             pipe.close()
 
-    def communicate(self, timeout=None):
+    def communicate(self):
         with ThreadPoolExecutor() as threads:
             texts = list(threads.map(lambda pipe: pipe.read(), (self.stdout, self.stderr)))
-        self.wait(timeout)
+        self.wait()
         return texts
 
     def wait(self, timeout=None):
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            raise TimeoutError(f"{self.pid} runs longer than {timeout} s")
-        return self.process.exitcode
+        connection.wait([self.process.sentinel], timeout)
+        return self.poll()
+
+    def poll(self):
+        with self.lock:
+            return self.process.exitcode
 
     @property
     def returncode(self):
-        return self.process.exitcode
-
-    def poll(self):
-        return self.process.exitcode
+        return self.poll()
 
     def send_signal(self, signum):
-        os.kill(self.pid, signum)
+        if self.poll() is None:
+            os.kill(self.pid, signum)
 
 
 new_process = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(script, *words, status=0, cwd=None, env=None, timeout=300, popen=Fork):
+def descendants(pid):
+    """Process numbers of the children of a process, and of theirs."""
+    found = []
+    with suppress(OSError):
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += map(int, children.read_text().split())
+    return found + [grandchild for child in found for grandchild in descendants(child)]
+
+
+def kill(process):
+    """Kill a process that runs, and its children."""
+    if process.poll() is None:
+        for pid in (*descendants(process.pid), process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def ending(process, seconds=240):
+    """No process outlives this block, or the time limit: a hang is a failure."""
+    watchdog = threading.Timer(seconds, kill, [process])
+    watchdog.start()
+    try:
+        yield process
+    finally:
+        watchdog.cancel()
+        kill(process)
+        process.wait()
+
+
+def run(script, *words, status=0, cwd=None, env=None, timeout=300, popen=Fork, traces=False, **options):
     """Run a script to its end, check its exit status, and return its subprocess.CompletedProcess, with texts.
 
     A user's mistake (status 2) must end with a line `error: …`, or argparse's `train.py: error: …`. A traceback is
-    never right.
+    never right, but TensorBoard's thread may leave traces in its last moments. options: of Fork.
     """
-    process = popen(command(script, *words), cwd=cwd, env={**os.environ, **(env or {})})
-    stdout, stderr = process.communicate(timeout)
-    assert process.returncode == status and "Traceback" not in stderr, \
+    with ending(popen(command(script, *words), cwd=cwd, env={**os.environ, **(env or {})}, **options), timeout) as process:
+        stdout, stderr = process.communicate()
+    assert process.returncode == status and (traces or "Traceback" not in stderr), \
         f"{script} {' '.join(map(str, words))}: status {process.returncode}\n{stdout[-3000:]}\n{stderr[-3000:]}"
     if status == 2:
         assert "error: " in stderr.splitlines()[-1], stderr
     return subprocess.CompletedProcess(process, status, stdout, stderr)
 
 
+def ranks(n, script, *words, cwd=None, env=None, first="", timeout=240):
+    """Run a script in n forks, as torchrun would: if one fails, the others get SIGTERM. Returns CompletedProcesses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(free.getsockname()[1])}
+    own = [{**os.environ, **job, "RANK": str(i), "LOCAL_RANK": str(i), **(env or {})} for i in range(n)]
+
+    def end(process):
+        stdout, stderr = process.communicate()
+        for other in processes if process.returncode else ():
+            other.send_signal(signal.SIGTERM)
+        return subprocess.CompletedProcess(process, process.returncode, stdout, stderr)
+
+    with ExitStack() as stack, ThreadPoolExecutor(n) as threads:
+        argv = command(script, *words)
+        processes = [stack.enter_context(ending(Fork(argv, cwd, variables, first), timeout)) for variables in own]
+        return list(threads.map(end, processes))
+
+
 class Training:
     """A script that is running: read its output, send it signals. It never outlives the test."""
 
-    def __init__(self, argv):
+    def __init__(self, argv, **options):
         start = Fork if argv[1].endswith(".py") else partial(subprocess.Popen, stdout=subprocess.PIPE, text=True)
-        self.process = start(argv, stderr=subprocess.STDOUT)
-        self.text, self.watchdog = "", threading.Timer(240, self.kill)  # a hang is a failure
-        self.watchdog.start()
+        self.process, self.text = start(argv, stderr=subprocess.STDOUT, **options), ""
+        self.ending = ending(self.process)
 
     def until(self, pattern):
         for line in self.process.stdout:
@@ -144,24 +213,24 @@ class Training:
         self.text += self.process.stdout.read()
         return self.process.wait()
 
-    def children(self):
-        """Process numbers of torchrun's ranks, which have process groups of their own."""
-        pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    def kill(self):
-        if self.process.poll() is None:
-            for pid in (self.process.pid, *self.children()):
-                os.kill(pid, signal.SIGKILL)
-
     def __enter__(self):
+        self.ending.__enter__()
         return self
 
     def __exit__(self, *_):
-        self.watchdog.cancel()
-        self.kill()
-        self.process.wait()
+        self.ending.__exit__(*_)
         self.process.stdout.close()
+
+
+# ---- runs and packs -------------------------------------------------------------------------------------------------
+
+def dcgan(*words):
+    """A DCGAN of tiny networks on the CPU, with these options."""
+    import train
+
+    typed = train.parse_args([*TINY, "--device", "cpu", "--data", "unused", *map(str, words)])
+    args = getattr(train, "look_up", lambda args: args)(typed)
+    return train.DCGAN(args, train.set_up_device(args))
 
 
 def content(file):
@@ -183,6 +252,11 @@ def same(a, b):
     return a == b
 
 
+def differences(out, other, file="checkpoint.pt"):
+    """Names of what differs between two runs' last checkpoints. Scores depend on when a run saves."""
+    a, b = ({**content(folder / file), "args": None, "scores": None} for folder in (out, other))
+    return [name for name in {**a, **b} if not same(a.get(name), b.get(name))]
+
 
 STATS = "Loss_D", "Loss_G", "D(x)", "D(G(z1))", "D(G(z2))"
 
@@ -195,8 +269,28 @@ def scalars(out, names=STATS):
     return {name: [(event.step, event.value) for event in board.Scalars(name)] for name in names}
 
 
-def torchrun(script, *words, restarts=0):
-    """The command line that runs a script in two processes."""
-    launcher = f"-m torch.distributed.run --standalone --max-restarts {restarts} --nproc-per-node 2".split()
-    path = script if os.path.isabs(script) else ROOT / script
-    return [sys.executable, *launcher, *map(str, (path, *words))]
+def make_pack(folder, train, holdout=0, image_size=32):
+    """A pack made by hand. A split is {city: uint8 (N, H, W, 3)}, such an array, or a number of grey frames.
+
+    Three frames are a sequence.
+    """
+    import numpy as np
+
+    import prepare_data
+
+    folder.mkdir(parents=True)
+    H, W = prepare_data.frame_size(image_size)
+    lines, counts = ["split,row,city,sequence,key,source file"], {}
+    for split, cities in (("train", train), ("holdout", holdout)):
+        if isinstance(cities, int):
+            cities = np.full((cities, H, W, 3), 99, np.uint8)
+        if not isinstance(cities, dict):
+            cities = {"Bath": cities}
+        np.save(folder / f"{split}.npy", np.concatenate([np.zeros((0, H, W, 3), np.uint8), *cities.values()]))
+        named = [(city, i) for city, frames in cities.items() for i in range(len(frames))]
+        lines += [f"{split},{row},{city},{split}{i // 3},key,{folder.name}" for row, (city, i) in enumerate(named)]
+        counts[split] = {city: len(frames) for city, frames in cities.items()}
+    (folder / "index.csv").write_text("\n".join(lines) + "\n")
+    info = dict(format=prepare_data.FORMAT, image_size=image_size, H=H, W=W, counts=counts, arguments={})
+    (folder / "pack.json").write_text(json.dumps(info))
+    return folder

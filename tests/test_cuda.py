@@ -4,39 +4,30 @@ FakeTensorMode computes nothing. It checks devices, dtypes and shapes of every o
 engine needs a driver, so zero gradients replace backward(). Stand-ins for CUDA's graphs, streams
 and events work on the CPU. tests/test_gpu.py runs the real thing where there is a GPU.
 """
-import gzip
 import inspect
 import itertools
-import json
-import multiprocessing
-import os
-import sys
-import time
 import weakref
 from collections import deque
 from contextlib import contextmanager
-
-import numpy as np
-import pytest
-from helpers import FORKS, ROOT, TINY, new_process, run
-
-sys.path.insert(0, str(ROOT))
+from dataclasses import replace
+from types import SimpleNamespace
 
 import bench
+import numpy as np
+import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from helpers import TINY, dcgan, new_process, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model
 import train
 
-PRESET = ["--preset", "naive-64"]
-
 
 def set_up(monkeypatch, *words, capability=(9, 0)):
     """The arguments, and what set_up_device makes of a GPU with this compute capability."""
-    args = train.parse_args([*PRESET, "--device", "cuda", *words])
+    args = train.look_up(train.parse_args(["--preset", "naive-64", "--device", "cuda", *words]))
     with monkeypatch.context() as patch:
         patch.setattr(model, "use_once", lambda kind, local_rank: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -47,7 +38,7 @@ def set_up(monkeypatch, *words, capability=(9, 0)):
 
 # ---- choosing a GPU ------------------------------------------------------------------------------
 @pytest.mark.parametrize("capability, words, precision", [
-    ((7, 0), [], "fp16"),
+    ((7, 5), [], "fp16"),
     ((8, 0), ["--graph"], "bf16"),
     ((9, 0), ["--precision", "fp32"], "fp32"),
 ])
@@ -57,54 +48,47 @@ def test_a_gpu_gets_its_fastest_safe_precision_and_capturable_adam_only_for_a_gr
     assert (device.kind, device.backend, device.precision) == ("cuda", "nccl", precision)
     assert device.adam == {"fused": True, "capturable": args.graph}
     assert device.pin and device.manual_seed is torch.cuda.manual_seed
+    assert device.layout is torch.channels_last
 
 
-def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
-    with pytest.raises(model.InputError, match="no bf16 .* --precision auto"):
-        set_up(monkeypatch, "--precision", "bf16", capability=(7, 5))
-
-
-HINTS = ("\nCUDA kernel errors might be asynchronously reported at some other API call, so the "
-         "stacktrace below might be incorrect.\nFor debugging consider passing "
-         "CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side "
-         "assertions.\n")
+HINTS = "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
 NO_KERNELS = "CUDA error: no kernel image is available for execution on the device" + HINTS
-OLD_DRIVER = ("The NVIDIA driver on your system is too old (found version 11040). Please update "
-              "your GPU driver by downloading and installing a new version")
-NO_SUCH_GPU = ("CUDA error: invalid device ordinal\nGPU device may be out of range, do you have "
-               "enough GPUs?" + HINTS)
-BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable" + HINTS
-UNUSABLE = [("ones", NO_KERNELS), ("set_device", OLD_DRIVER), ("set_device", NO_SUCH_GPU),
-            ("ones", BUSY)]
+NO_SUCH_GPU = "CUDA error: invalid device ordinal\nGPU device may be out of range" + HINTS
 
 
-def break_gpu(monkeypatch, call, words):
-    """A GPU of which torch says, at this call, that it cannot be used."""
+@pytest.fixture(params=[("ones", NO_KERNELS), ("set_device", NO_SUCH_GPU)], ids=["old", "missing"])
+def broken(request, monkeypatch):
+    """A GPU of which torch says that it cannot be used. Returns torch's words, on one line."""
+    call, words = request.param
+
     def fail(*args, **kwargs):
         raise RuntimeError(words)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda if call == "set_device" else torch, call, fail)
-
-
-@pytest.mark.parametrize("call, words", UNUSABLE)
-def test_a_gpu_that_cannot_be_used_gives_one_line_with_torchs_own_words(call, words, monkeypatch):
-    break_gpu(monkeypatch, call, words)
-    with pytest.raises(model.InputError) as caught:
-        model.choose_device("cuda", local_rank=1)
-    line = str(caught.value)
-    assert "\n" not in line and " ".join(words.split())[:200] in line and "--device cpu" in line
-
-
-@pytest.mark.parametrize("call, words", UNUSABLE)
-def test_auto_warns_of_a_gpu_that_cannot_be_used_and_takes_the_cpu(
-        call, words, monkeypatch, capsys):
-    break_gpu(monkeypatch, call, words)
     monkeypatch.setattr(model, "find_spec", lambda name: None)  # no Gaudi plugin
+    return " ".join(words.split())[:80]
+
+
+def test_a_gpu_that_cannot_be_used_gives_one_line_with_torchs_own_words(broken):
+    with pytest.raises(model.InputError) as caught:
+        model.choose_device("cuda")
+    line = str(caught.value)
+    assert "\n" not in line and broken in line and "--device cpu" in line
+
+
+def test_auto_warns_of_a_gpu_that_cannot_be_used_and_takes_the_cpu(broken, capsys):
     assert model.choose_device("auto").type == "cpu"
     warning, = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: cuda cannot be used: " + " ".join(words.split())[:60])
+    assert warning.startswith("warning: ") and broken in warning
+
+
+def test_one_of_several_processes_does_not_take_the_cpu_instead(broken):
+    """The others would wait half an hour for it."""
+    for name in ("auto", "cuda"):
+        with pytest.raises(model.InputError, match=broken[:30]):
+            model.choose_device(name, local_rank=1)
 
 
 def test_each_process_uses_a_gpu_of_its_own(monkeypatch):
@@ -115,12 +99,21 @@ def test_each_process_uses_a_gpu_of_its_own(monkeypatch):
     assert used == [3, "cuda"], "a kernel on the GPU that was set"
 
 
+@pytest.mark.parametrize("rank", [{}, dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")],
+                         ids=["alone", "one of two"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
-@pytest.mark.parametrize("script, words", [
-    ("train.py", ["--device", "cuda", "--data", "x"]), ("tests/bench.py", ["--gpu"])])
-def test_without_a_gpu_a_script_ends_with_torchs_reason(script, words):
-    line = run(script, *words, status=2).stderr.splitlines()[-1]
+def test_without_a_gpu_train_py_ends_with_torchs_reason(rank):
+    line = run("train.py", "--device", "cuda", "--data", "x", env=rank, status=2).stderr.splitlines()[-1]
     assert "NVIDIA" in line or "CUDA" in line
+
+
+def test_an_illegal_memory_access_is_not_called_out_of_memory():
+    advice = "choose less"
+    error = torch.AcceleratorError if hasattr(torch, "AcceleratorError") else RuntimeError
+    illegal = error("CUDA error: an illegal memory access was encountered")
+    assert model.find_problem(illegal, advice) is None
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert advice in model.find_problem(full, advice)
 
 
 # ---- a step on fake CUDA tensors -----------------------------------------------------------------
@@ -141,63 +134,45 @@ def fake(monkeypatch):
     def make(*words):
         args, device = set_up(monkeypatch, "--batch-size", "4", *words)
         with torch.device("cuda"):
-            dcgan = train.DCGAN(args, device)
+            made = train.DCGAN(args, device)
 
         def backward(loss):
-            for weight in (*dcgan.G.parameters(), *dcgan.D.parameters()):
+            for weight in (*made.G.parameters(), *made.D.parameters()):
                 weight.grad = torch.zeros_like(weight) if weight.requires_grad else weight.grad
 
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         height = args.image_size * 5 // 4
         shape = 4, height, height * 4 // 3, 3
-        return dcgan, torch.zeros(shape, dtype=torch.uint8, device="cuda")
+        return made, torch.zeros(shape, dtype=torch.uint8, device="cuda")
 
     with FakeTensorMode():
         yield make
 
 
-@pytest.mark.parametrize("precision", train.AUTOCAST)
 @pytest.mark.parametrize("preset", model.PRESETS)  # with noise, shifts, flips, uniform latents
-def test_a_step_keeps_to_the_gpu_and_to_its_dtypes(preset, precision, fake):
-    dcgan, frames = fake("--preset", preset, "--precision", precision)
-    for value in dcgan.step(frames).values():
-        assert (value.shape, value.dtype, value.device.type) == ((), torch.float32, "cuda")
-    assert dcgan.scaler.is_enabled() == (precision == "fp16")
-    size = dcgan.args.image_size
-    z = torch.zeros(4, dcgan.args.nz, device="cuda")
-    assert dcgan.sampler()(z).shape == (4, 3, size, size)
+def test_a_step_keeps_to_the_gpu_and_to_its_dtypes_in_each_precision(preset, fake):
+    for precision in train.AUTOCAST:
+        made, frames = fake("--preset", preset, "--precision", precision)
+        for value in made.step(frames).values():
+            assert (value.shape, value.dtype, value.device.type) == ((), torch.float32, "cuda")
+        assert made.scaler.is_enabled() == (precision == "fp16")
+    size = made.args.image_size
+    assert made.sampler()(torch.zeros(4, made.args.nz, device="cuda")).shape == (4, 3, size, size)
 
 
-@pytest.mark.parametrize("fault, message", [
-    (lambda dcgan, D, images: D(images + torch.randn(images.shape)), "same device"),
-    (lambda dcgan, D, images: D(images[:, :2]), "channels"),
-    (lambda dcgan, D, images: D(images.bfloat16()), "dtype|type"),
-    (lambda dcgan, D, images: D(images) / images.sum().item(), "_local_scalar_dense"),
-])
-def test_a_cpu_tensor_a_wrong_shape_a_wrong_dtype_and_a_wait_for_the_device_are_found(
-        fault, message, fake, monkeypatch):
-    monkeypatch.setattr(train.DCGAN, "logits", fault)
-    dcgan, frames = fake("--preset", "demo-64", "--precision", "fp32")
-    with pytest.raises((RuntimeError, DataDependentOutputException), match=message):
-        dcgan.step(frames)
-
-
-@pytest.mark.parametrize("words", [[], ["--graph"]])
-def test_a_resumed_fused_optimizer_counts_its_steps_on_the_gpu(words, fake, monkeypatch):
+def test_a_resumed_fused_optimizer_counts_its_steps_on_the_gpu(fake, monkeypatch):
     """Its kernel reads them there: a count on the CPU would be an illegal memory access."""
-    words = ["--preset", "demo-64", "--precision", "bf16", *words]
-    dcgan, frames = fake(*words)
-    dcgan.step(frames)
+    words = ["--preset", "demo-64", "--graph"]
+    made, frames = fake(*words)
+    made.step(frames)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "__int__", lambda steps: 1)  # a fake tensor has no value
-        saved = dcgan.state_dict()
-    tensors = [leaf for leaf in tree_leaves(saved) if isinstance(leaf, torch.Tensor)]
-    assert {tensor.device.type for tensor in tensors} == {"cpu"}
+        saved = made.state_dict()
     resumed, frames = fake(*words)
     resumed.load_state_dict(saved)
-    for optimizer in (resumed.opt_G, resumed.opt_D):
-        moments = tree_leaves(list(optimizer.state.values()))
-        assert {tensor.device.type for tensor in moments} == {"cuda"}
+    for state, device in ((saved, "cpu"), (resumed.opt_G.state, "cuda"), (resumed.opt_D.state, "cuda")):
+        leaves = tree_leaves([*state.values()])
+        assert {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)} == {device}
     resumed.step(frames)
 
 
@@ -238,25 +213,12 @@ class Graph:
                     out.copy_(new)
 
 
-class GraphStream:
-    def wait_stream(self, other):
-        pass
-
-
 @pytest.fixture
 def graphs(monkeypatch):
-    for name, value in dict(
-            Stream=GraphStream,
-            CUDAGraph=Graph,
-            graph=Capture,
-            current_stream=lambda: Capture.stream,
-            set_stream=lambda stream: setattr(Capture, "stream", stream)).items():
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in dict(Stream=lambda: stream, CUDAGraph=Graph, graph=Capture, current_stream=lambda: None,
+                            set_stream=lambda stream: setattr(Capture, "stream", stream)).items():
         monkeypatch.setattr(torch.cuda, name, value)
-
-
-def make_dcgan(*words):
-    args = train.parse_args([*PRESET, *TINY, "--device", "cpu", *words])
-    return train.DCGAN(args, train.set_up_device(args))
 
 
 def run_steps(step, between=None, n=9):
@@ -267,77 +229,67 @@ def run_steps(step, between=None, n=9):
     stats = []
     for seed, batch in enumerate(batches):
         torch.manual_seed(seed)
-        outputs = step(batch)
-        stats.append(torch.stack(list(outputs.values())))
+        stats.append(torch.stack(list(step(batch).values())))
         if between:
             between()
     assert torch.equal(batches, untouched), "the graph has memory of its own for the frames"
     return torch.stack(stats)
 
 
-def assert_same_weights(a, b):
-    for net in ("G", "D", "G_ema"):
-        states = getattr(a, net).state_dict(), getattr(b, net).state_dict()
-        for one, other in zip(*(state.values() for state in states)):
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
+def assert_same_weights(a, b, nets):
+    for net in nets:
+        torch.testing.assert_close(getattr(a, net).state_dict(), getattr(b, net).state_dict(), rtol=0, atol=0)
 
 
-NOISY = "--precision bf16 --instance-noise 0.05 --latent uniform --mirror --augment"
+NOISY = "--precision bf16 --instance-noise 0.05 --latent uniform --mirror --augment".split()
 
 
-@pytest.mark.parametrize("words", ["", NOISY])
-def test_replayed_steps_equal_eager_steps_and_the_graph_is_freed_with_them(words, graphs):
-    eager, replayed = (make_dcgan(*words.split()) for _ in range(2))
+def test_replayed_steps_equal_eager_steps_and_the_graph_is_freed_with_them(graphs):
+    eager, replayed = dcgan(*NOISY), dcgan(*NOISY)
     step = train.graphed(replayed.step)
-    torch.testing.assert_close(run_steps(step), run_steps(eager.step), rtol=0, atol=0)
-    assert_same_weights(replayed, eager)
+    stats = run_steps(step, between=replayed.sampler)
+    torch.testing.assert_close(stats, run_steps(eager.step), rtol=0, atol=0)
+    eager.sampler()  # sets G_ema's statistics
+    assert_same_weights(replayed, eager, ("G", "D", "G_ema"))
     assert Capture.latest.graph.replays == 4, "five steps to warm up, and one capture"
+    assert Capture.latest.call["stream"] is Capture.stream, "the stream of the warm-up"
+    assert Capture.latest.call["capture_error_mode"] == "thread_local", "a thread pins memory meanwhile"
     graph = weakref.ref(Capture.latest.graph)
     Capture.latest = None
     del step
     assert graph() is None, "NCCL cannot end before the graph"
 
 
-def test_samples_and_scores_between_replays_change_nothing(graphs):
-    eager, replayed = make_dcgan(), make_dcgan()
-    held_out = np.random.default_rng(0).integers(0, 256, (60, 40, 54, 3), np.uint8)
-
-    def draw():
-        replayed.sampler()
-        replayed.d_held_out(held_out)
-
-    stats = run_steps(train.graphed(replayed.step), draw)
-    torch.testing.assert_close(stats, run_steps(eager.step), rtol=0, atol=0)
-    eager.sampler()  # sets G_ema's statistics
-    assert_same_weights(replayed, eager)
-
-
 def test_a_replayed_step_that_overflows_changes_the_scale_and_no_weight(graphs):
-    dcgan = make_dcgan()
-    dcgan.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    step = train.graphed(dcgan.step)
+    made = dcgan()
+    made.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    step = train.graphed(made.step)
     run_steps(step, n=7)
     for scale, skipped in ((2.0 ** 127, True), (8.0, False)):
-        dcgan.scaler._scale.fill_(scale)
-        before = [weight.clone() for weight in (*dcgan.G.parameters(), *dcgan.D.parameters())]
+        made.scaler._scale.fill_(scale)
+        before = [weight.clone() for weight in (*made.G.parameters(), *made.D.parameters())]
         outputs = step(torch.full((16, 40, 54, 3), 100, dtype=torch.uint8))
         assert all(value.isfinite() for value in outputs.values())
-        after = [*dcgan.G.parameters(), *dcgan.D.parameters()]
+        after = [*made.G.parameters(), *made.D.parameters()]
         assert all(map(torch.equal, before, after)) == skipped
-        assert (dcgan.scaler._scale.item() < scale) == skipped
+        assert (made.scaler._scale.item() < scale) == skipped
 
 
-def test_a_step_is_captured_on_the_stream_of_its_warm_up_while_other_threads_use_the_gpu(graphs):
-    streams = []
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiling_traces_g_once_and_d_twice(precision, monkeypatch):
+    """D is traced with and without gradients of its weights. Real and fake images look alike."""
+    traced = []
 
-    def step(frames):
-        streams.append(Capture.stream)
-        return {"mean": frames.float().mean()}
+    def compiler(graph, inputs):
+        traced.append(graph)
+        return graph.forward
 
-    run_steps(train.graphed(step))
-    assert streams[0] and {*streams, Capture.latest.call["stream"]} == {Capture.stream}
-    mode = Capture.latest.call["capture_error_mode"]
-    assert mode == "thread_local", "a thread pins memory, and NCCL's asks for events"
+    set_up_device = train.set_up_device
+    monkeypatch.setattr(train, "set_up_device", lambda args: replace(set_up_device(args), compiler=compiler))
+    torch.compiler.reset()
+    run_steps(dcgan("--compile", "--precision", precision).step, n=3)
+    torch.compiler.reset()
+    assert len(traced) == 3
 
 
 # ---- uploads beside the step ---------------------------------------------------------------------
@@ -348,6 +300,7 @@ class LazyGPU:
     """
 
     def __init__(self, monkeypatch):
+        self.waits = 0  # of the host
         self.default = LazyStream(self)
         self.current = self.default
         for name, value in dict(
@@ -374,7 +327,7 @@ class LazyStream:
         return event
 
     def wait_stream(self, other):
-        self.queue.append(other.record_event().synchronize)
+        self.queue.append(other.record_event().finish_all_before)
 
 
 class LazyEvent:
@@ -386,6 +339,10 @@ class LazyEvent:
         self.finished = True
 
     def synchronize(self):
+        self.stream.gpu.waits += 1
+        self.finish_all_before()
+
+    def finish_all_before(self):
         while not self.finished:
             self.stream.queue.popleft()()
 
@@ -393,240 +350,117 @@ class LazyEvent:
 class LazyBatch:
     """A batch in pinned memory. The GPU reads it when it comes to the upload."""
 
-    def __init__(self, gpu, batch):
+    def __init__(self, gpu):
         self.gpu = gpu
-        self.batch = batch
-        self.as_gathered = batch.clone()
-        self.intact = None  # until it is uploaded
+        self.uploaded = False
         self.used_by = None
 
     def to(self, kind, non_blocking=False):
         assert kind == "cuda" and non_blocking
-        self.gpu.current.queue.append(self.upload)
+        self.gpu.current.queue.append(lambda: setattr(self, "uploaded", True))
         return self
-
-    def upload(self):
-        self.intact = torch.equal(self.batch, self.as_gathered)
 
     def record_stream(self, stream):
         self.used_by = stream
 
 
-def feed_steps(monkeypatch, n=40):
-    """Train n pretended steps: (batches, unfinished steps when each of them began)."""
+def test_uploads_run_beside_the_step_and_the_host_stays_two_steps_ahead(monkeypatch):
     gpu = LazyGPU(monkeypatch)
-    shape = 2, 5, 6, 3
-    frames = np.random.default_rng(0).integers(0, 256, (64, *shape[1:]), np.uint8)
-    rows = np.arange(64).reshape(-1, 2)
-    gathered = 0
-
-    def counted(batches):
-        nonlocal gathered
-        for batch in batches:
-            gathered += 1
-            yield batch
-
-    batches = counted(train.gather(itertools.repeat((frames, rows)), shape, pin=False))
-    ahead = train.read_ahead(batches, train.READ_AHEAD)
-    lazy = []
-
-    def taken():
-        for i, batch in enumerate(ahead):
-            while gathered < i + 1 + train.READ_AHEAD:  # the thread is as far ahead as it gets
-                time.sleep(1e-4)
-            lazy.append(LazyBatch(gpu, batch))
-            yield lazy[-1]
-
-    feed = train.Feed(taken(), train.Device("cuda"))
+    clock = itertools.count()  # in seconds: each look at it takes one
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock) + 1000 * gpu.waits)
+    batches = [LazyBatch(gpu) for _ in range(40)]
+    feed = train.Feed(iter(batches), train.Device("cuda"))
     finished = []
     ahead_of_gpu = []
-    for step in range(n):
-        assert next(feed) is lazy[-1]
-        ahead_of_gpu.append(step - len(finished))
-        gpu.default.queue.append(lambda step=step: finished.append((step, lazy[step].intact)))
+    for batch in batches:
+        assert next(feed) is batch
+        ahead_of_gpu.append(batches.index(batch) - len(finished))
+        gpu.default.queue.append(lambda batch=batch: finished.append(batch.uploaded))
     gpu.default.record_event().synchronize()
-    assert [step for step, _ in finished] == list(range(n))
-    assert all(intact is not None for _, intact in finished), "a step waits for its upload"
-    assert {batch.used_by for batch in lazy} == {gpu.default}, "memory is kept until the step ends"
-    return lazy, ahead_of_gpu
+    assert finished == [True] * 40, "a step waits for its upload"
+    assert max(ahead_of_gpu) == 2 and set(ahead_of_gpu[2:]) == {2}
+    assert {batch.used_by for batch in batches} == {gpu.default}, "memory is kept until the step ends"
+    assert feed.waited == 40, "waiting for the GPU is not waiting for data"
 
 
-def test_the_host_stays_two_steps_ahead_and_no_batch_changes_before_it_is_uploaded(monkeypatch):
-    batches, ahead = feed_steps(monkeypatch)
-    assert all(batch.intact for batch in batches)
-    assert max(ahead) == 2 and set(ahead[2:]) == {2}
+@pytest.mark.parametrize("pin", [False, True])
+def test_each_batch_has_memory_of_its_own_which_is_page_locked_for_a_gpu(pin, monkeypatch):
+    """torch keeps such memory until its upload has ended."""
+    empty, pinned = torch.empty, []
+
+    def make(*size, pin_memory=False, **options):
+        pinned.append(pin_memory)
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", make)
+    frames = np.random.default_rng(0).integers(0, 256, (64, 5, 6, 3), np.uint8)
+    batches = list(itertools.islice(train.batches(frames, 4, (0, 0), pin=pin), 20))
+    assert len({batch.data_ptr() for batch in batches}) == len(pinned) == 20 and set(pinned) == {pin}
 
 
-def test_memory_that_is_used_again_too_soon_is_found(monkeypatch):
-    monkeypatch.setattr(train, "KEPT", 2)
-    batches, _ = feed_steps(monkeypatch)
-    assert not all(batch.intact for batch in batches)
-
-
-def test_waiting_for_data_does_not_count_waiting_for_the_gpu(monkeypatch):
-    LazyGPU(monkeypatch)
-    monkeypatch.setattr(LazyEvent, "synchronize", lambda event: time.sleep(0.05))
-
-    class Batch(LazyBatch):
-        def __init__(self):
-            pass
-
-        def to(self, kind, non_blocking):
-            return self
-
-    def slow():
-        while True:
-            time.sleep(0.02)
-            yield Batch()
-
-    feed = train.Feed(slow(), train.Device("cuda"))
-    began = time.perf_counter()
-    for _ in range(6):
-        next(feed)
-    took = time.perf_counter() - began
-    assert 6 * 0.02 <= feed.waited <= took - 4 * 0.05
-
-
-# ---- compiling, and several processes ------------------------------------------------------------
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiling_traces_g_once_and_d_twice(precision):
-    """D is traced with and without gradients of its weights. Real and fake images look alike."""
-    traced = []
-
-    def compiler(graph, inputs):
-        traced.append(graph)
-        return graph.forward
-
-    args = train.parse_args([*PRESET, *TINY, "--device", "cpu", "--precision", precision,
-                             "--compile"])
-    device = train.set_up_device(args)
-    device.compiler = compiler
-    torch.compiler.reset()
-    dcgan = train.DCGAN(args, device)
-    run_steps(dcgan.step, n=3)
-    torch.compiler.reset()
-    assert len(traced) == 3
-
-
-class Count(TorchDispatchMode):
-    """Counts the calls of each operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.calls.append(op.overloadpacket)
-        return op(*args, **(kwargs or {}))
-
-
-def test_gradients_are_added_up_in_one_message_without_copies_of_them(monkeypatch):
-    shapes = [(8, 3, 4, 4), (1, 8, 4, 4), (16, 8, 1, 1), (5,), ()]
-    gradients = [torch.randn(shape) for shape in shapes]
-    channels_last = [torch.randn(shape).contiguous(memory_format=torch.channels_last)
-                     for shape in shapes[:3]]
-    for gradient in (*gradients, *channels_last):
-        view = train.in_memory_order(gradient)
-        assert view.shape == (gradient.numel(),) and view.data_ptr() == gradient.data_ptr()
-        assert torch.equal(view.sort().values, gradient.flatten().sort().values)
-
+# ---- gradients of several processes --------------------------------------------------------------
+def test_gradients_are_added_up_in_one_message_for_each_update(monkeypatch):
+    """Two processes with equal frames and numbers train as one: twice the half of a gradient."""
     messages = []
 
-    def all_reduce(message):
-        messages.append(message)
-        message *= 3
+    def all_reduce(message, *_):
+        messages.append(message.numel())
+        message *= 2
 
     monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
-    both = [*gradients, *channels_last]
-    before = [gradient.clone() for gradient in both]
-    places = [(gradient.data_ptr(), gradient.stride()) for gradient in both]
-    with Count() as count:
-        train.add_up(both)
-    assert len(messages) == 1
-    assert places == [(gradient.data_ptr(), gradient.stride()) for gradient in both]
-    for gradient, old in zip(both, before):
-        torch.testing.assert_close(gradient, 3 * old)
-    aten = torch.ops.aten
-    assert not {aten.clone, aten._to_copy} & {*count.calls}
-    assert count.calls.count(aten.copy_) == len(both), "from the message into each gradient"
+    alone, one_of_two = dcgan(), dcgan()  # channels_last
+    assert any(not weight.is_contiguous() for weight in one_of_two.D.parameters())
+    one_of_two.world = 2
+    stats = run_steps(one_of_two.step, n=3)
+    torch.testing.assert_close(stats, run_steps(alone.step, n=3), rtol=0, atol=0)
+    assert_same_weights(alone, one_of_two, ("G", "D"))
+    sizes = [sum(weight.numel() for weight in net.parameters()) for net in (alone.D, alone.G)]
+    assert messages == 3 * sizes, "D's, then G's, in each step"
 
 
 # ---- the benchmark -------------------------------------------------------------------------------
-def test_a_benchmark_prints_a_row_for_each_mode_and_leaves_no_run(pack, tmp_path):
-    words = ["--step", 0.2, "--price", 3.06, *TINY, "--device", "cpu", "--data", pack]
-    done = run("tests/bench.py", *words, "--modes", "plain,plain", cwd=tmp_path)
-    header, line, *rows = done.stdout.splitlines()
-    assert {row.count("|") for row in (header, line, *rows)} == {header.count("|")}
-    assert len(rows) == 2 and all("| 1 × cpu | 1 × 16 | fp32 |" in row for row in rows)
-    assert list(tmp_path.iterdir()) == []
+def test_a_benchmark_prints_figures_and_the_longest_kernels_and_leaves_no_run(pack, tmp_path):
+    words = ["--step", 0.2, "--price", 3.06, *TINY, "--device", "cpu", "--data", pack, "--trace", tmp_path / "trace.json"]
+    done = run("tests/bench.py", *words, cwd=tmp_path, popen=new_process)  # torch's profiler crashes in a fork
+    row, kernels = done.stdout.split("| kernel |")
+    assert "| 1 × cpu | 1 × 16 | fp32 |" in row and len({line.count("|") for line in row.splitlines()[:3]}) == 1
+    assert "aten::convolution_backward" in kernels and "%" in kernels
+    assert "aten::convolution_backward" in (tmp_path / "trace.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
 
 
-def test_a_benchmark_writes_a_trace_and_a_table_of_the_longest_kernels(pack, tmp_path):
-    file = tmp_path / "trace.json.gz"
-    words = ["--step", 0, *TINY, "--device", "cpu", "--data", pack, "--trace", file]
-    done = run("tests/bench.py", *words, popen=new_process)  # torch's profiler crashes in a fork
-    names = {event.get("name") for event in json.loads(gzip.open(file).read())["traceEvents"]}
-    assert "aten::convolution_backward" in names
-    kernels = done.stdout.partition("| kernel |")[2]
-    assert "aten::" in kernels and "%" in kernels
+def test_an_error_and_a_hang_are_reasons_of_one_line():
+    with pytest.raises(bench.Failed, match="error: .*--graph"):
+        bench.isolated("step", 0, ["--device", "cpu", "--graph"])
+    with pytest.raises(bench.Failed, match="no figure after 0 s"):
+        bench.isolated("step", 60, [], limit=0.1)
 
 
-@pytest.fixture
-def in_forks(monkeypatch):
-    """bench.py's processes come from the tests' fork server, which has imported torch."""
-    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: FORKS)
+def test_the_benchmark_of_a_gpu_goes_on_after_a_row_that_fails(monkeypatch, tmp_path, capsys):
+    def isolated(what, seconds, words, limit=120):
+        if "--graph" in words:
+            raise bench.Failed("this card is broken")
+        if what == "card":
+            return "a GPU", "bf16", 800.0, 1000.0
+        return dict(preset="naive-64", mode="plain", device="1 × GPU", batch="1 × 128", precision="bf16", memory="1 GB",
+                    images_s=3000.0, waiting=0.01, tflops=80.0, start=2.0, profile=(1.0, [("conv", 10, 0.5)]))
 
-
-@pytest.mark.parametrize("limit, function, argument, message", [
-    (300, int, "x", "ValueError: invalid literal"),
-    (0.2, time.sleep, 60, "no figure after 0 s"),
-    (300, os._exit, 3, "its process ended with exit status 3"),
-    (300, sys.exit, 2, "SystemExit: 2"),
-])
-def test_an_error_a_hang_and_a_crash_are_reasons_of_one_line(
-        limit, function, argument, message, in_forks):
-    with pytest.raises(bench.Failed, match=message):
-        list(bench.isolated(limit, function, argument))
-
-
-@pytest.mark.parametrize("error, line", [
-    (RuntimeError(NO_KERNELS), "RuntimeError: CUDA error: no kernel image is available for "
-     "execution on the device"),
-    (RuntimeError("backend='inductor' raised:\nRuntimeError: Failed to find C compiler.\n\n"
-                  "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace"),
-     "RuntimeError: backend='inductor' raised: RuntimeError: Failed to find C compiler."),
-    (AssertionError(), "AssertionError: "),
-    (model.InputError("choose\nanother"), "choose another"),
-])
-def test_a_reason_is_the_line_that_says_what_is_wrong(error, line):
-    assert bench.reason(error) == line
-
-
-def test_the_benchmark_of_a_gpu_goes_on_after_a_row_that_fails(
-        in_forks, monkeypatch, tmp_path, capsys):
-    rows = [("naive-64", 128, {"graph": 0.16, "plain": None}), ("clamp-64", 256, {"plain": 0.4})]
-    monkeypatch.setattr(bench, "GPU_ROWS", rows)
-    words = "--device cpu --nz 4 --ngf 1 --ndf 1 --batch-size 16".split()
-    bench.measure_gpu(tmp_path, 0.1, 5, 160, None, words)
+    monkeypatch.setattr(bench, "isolated", isolated)
+    bench.measure_gpu(tmp_path, 3, 5, 50, None, [])
     lines = capsys.readouterr().out.splitlines()
-    assert any("| graph | --graph and --precision fp16 are for NVIDIA GPUs" in row for row in lines)
-    assert sum("| plain |" in row and "%" in row for row in lines) == 2
-    assert any(row.startswith("--graph: no decision") for row in lines)
-    assert any("gathering" in row and "images/s" in row for row in lines)
-    assert any("the next part | a score needs" in row for row in lines)
-    assert any("| kernel |" in row or row.startswith("no profile: ") for row in lines)
+    assert sum("this card is broken" in line for line in lines) == sum(len(goals) - 1 for *_, goals in bench.GPU_ROWS)
+    assert sum("3,000" in line and "10.0%" in line for line in lines) == len(bench.GPU_ROWS)
+    assert sum("3.00×" in line for line in lines) == 1, "the plain loop's batch size"
+    assert any("conv" in line and "100.0%" in line for line in lines)
 
 
-def test_the_rule_for_defaults_asks_for_all_rows_and_for_short_runs(capsys):
-    def row(images_s, start):
-        return dict(images_s=images_s, start=start)
+def test_annotations_are_not_counted_as_kernels():
+    """Optimizer.step's, for example, spans kernels and the gaps between them."""
+    def event(key, seconds, device, annotation):
+        return SimpleNamespace(key=key, count=1, self_device_time_total=seconds * 1e6, self_cpu_time_total=0,
+                               device_type=device, is_user_annotation=annotation)
 
-    small = {"plain": row(40_000, 2), "graph": row(60_000, 3), "graph+compile": row(80_000, 60)}
-    large = {"plain": row(90_000, 2), "graph": row(90_500, 3)}
-    bench.decide({("naive-64", 128): small, ("naive-64", 1024): large})
-    large["graph"] = row(80_000, 3)
-    bench.decide({("naive-64", 128): small, ("naive-64", 1024): large})
-    graph, compiled, slower, _ = capsys.readouterr().out.splitlines()
-    assert "--graph: 1.01 to 1.50" in graph and "it becomes a default, if its tests pass" in graph
-    assert "66 s instead of 11 s" in compiled and "does not become" in compiled
-    assert "does not become" in slower
+    kinds = torch.autograd.DeviceType
+    events = [event("short", 1, kinds.CUDA, False), event("Optimizer.step", 9, kinds.CUDA, True),
+              event("long", 2, kinds.CUDA, False), event("aten::add", 3, kinds.CPU, False)]
+    assert bench.longest_kernels(events) == [("long", 1, 2.0), ("short", 1, 1.0)]

@@ -3,562 +3,516 @@
 The simulated release starts in eager mode by default: where PT_HPU_LAZY_MODE is not set here, the scripts set it.
 """
 import json
-import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from textwrap import dedent
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from helpers import ROOT, STATS, TINY, Fork, new_process, run, scalars
-from hpu_sim.build import Unavailable, build, without_plugin_lines
+from helpers import ROOT, STATS, TINY, content, make_pack, new_process, ranks, run, same, scalars
+from hpu_sim.build import build
 from PIL import Image
 
-EAGER = {"PT_HPU_LAZY_MODE": "0"}
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the simulated card needs Linux (LD_PRELOAD)")
+
 OPTIONS = "--weight-decay 1 --instance-noise 0.05 --latent uniform --mirror --augment".split()
 
 # Gaudi's FusedAdamW adds its epsilon before it corrects the bias, and torch's AdamW after that. In the first steps this
 # is 1e-6 of an update. It grows, as all differences do in training. The log lines have four decimals.
 CLOSE = dict(rtol=2e-3, atol=2e-4)
 
+# Lines that run before train.py. The card has random numbers of its own. To compare its arithmetic with the CPU's, all
+# draws for the card are made on the host.
+HOST_DRAWS = """
+import torch
+def drawn_on_the_host(draw):
+    return lambda *args, device=None, **options: draw(*args, **options).to(device)
+def filled_from_the_host(fill):
+    return lambda tensor, *args, **options: tensor.copy_(fill(torch.empty(tensor.shape), *args, **options))
+torch.rand, torch.randn = drawn_on_the_host(torch.rand), drawn_on_the_host(torch.randn)
+torch.Tensor.normal_ = filled_from_the_host(torch.Tensor.normal_)
+torch.Tensor.uniform_ = filled_from_the_host(torch.Tensor.uniform_)
+import train
+"""
 
-def at_once(*calls):
-    """The results of calls that wait for processes, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
-
-
-def losses(out):
-    """(steps, 5): the statistics of each step that the run in `out` has logged."""
-    logged = scalars(out)
-    return np.array([[value for _, value in logged[name]] for name in STATS]).T
-
-
-def load(out, name="checkpoint.pt"):
-    return torch.load(out / name, weights_only=True)
-
-
-def equal(a, b):
-    """Bit for bit: nested dictionaries of tensors and values."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def driver(folder, plant):
-    """A script: train.py, changed by the lines `plant` before its main() runs."""
-    path = folder / "driver.py"
-    path.write_text("import os, sys\nos.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'  # as train.py does\n"
-                    f"sys.path.insert(0, {str(ROOT)!r})\nimport train, torch\n{plant}\n"
-                    "train.run_script(train.main)\n")
-    return path
+# What each step drew, saw and returned, as a file. Nothing waits for the card before the run has ended.
+RECORD = """
+import torch
+import train
+seen = {"latents": [], "frames": [], "stats": []}
+draw_latents, step, main = train.DCGAN.draw_latents, train.DCGAN.step, train.main
+def draw_and_record(self, n):
+    seen["latents"].append(draw_latents(self, n))
+    return seen["latents"][-1]
+def step_and_record(self, frames):
+    seen["frames"].append(frames)
+    seen["stats"].append(step(self, frames))
+    return seen["stats"][-1]
+def main_and_record(*args):
+    try:
+        dcgan = main(*args)
+        seen["weights"] = {name: getattr(dcgan, name).state_dict() for name in ("G", "D", "G_ema")}
+    finally:
+        def on_cpu(value):
+            if isinstance(value, torch.Tensor):
+                return value.cpu()
+            return {k: on_cpu(v) for k, v in (value.items() if isinstance(value, dict) else enumerate(value))}
+        torch.save(on_cpu(seen), os.environ["RECORD"] + os.environ.get("RANK", ""), pickle_protocol=2)
+train.DCGAN.draw_latents, train.DCGAN.step, train.main = draw_and_record, step_and_record, main_and_record
+"""
+# A cheap one. The real one takes seconds, and computes on the CPU all that G has not drawn.
+SCORE = """
+class Score:
+    real = 1.0, 1.0
+    def __init__(self, *frames):
+        pass
+    def __call__(self, G, latent):
+        return train.render(G, train.latents(range(64), G.nz, latent)).float().mean().item(), 1.0
+train.Score = Score
+"""
+STOP_IN_STEP_3 = """
+recorded_step = train.DCGAN.step
+def stop(self, frames):
+    if len(seen["frames"]) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return recorded_step(self, frames)
+train.DCGAN.step = stop
+"""
 
 
 @pytest.fixture(scope="module")
 def card():
     """The environment in which the simulated card exists."""
-    try:
-        return build()
-    except Unavailable as why:
-        pytest.skip(str(why))
+    return build()
 
 
 @pytest.fixture(scope="module")
 def streets(tmp_path_factory):
-    """A pack of 64 drawn streets, all for training: four steps per epoch, no score."""
-    folder = tmp_path_factory.mktemp("packs") / "streets"
-    run("prepare_data.py", "--demo", 64, "--image-size", 32, "--holdout", 0, "--duplicates", 0, folder)
-    return folder
+    """A pack of 64 frames of noise, all for training: four steps per epoch, no score."""
+    frames = np.random.default_rng(0).integers(0, 256, (64, 40, 54, 3), np.uint8)
+    return make_pack(tmp_path_factory.mktemp("packs") / "streets-32", frames)
 
 
 @pytest.fixture(scope="module")
 def train_on(card, streets, tmp_path_factory):
-    """train_on(device, *options, …) runs train.py → out (its folder), losses, report (the card's), stdout, warnings.
-
-    stderr has the plugin's banner, its three warnings in eager mode, and `warnings` lines of train.py.
-    """
-    def train(device, *options, script="train.py", data=streets, out=None, epochs=3, log_seconds=0, precision="fp32",
-              env=(), warnings=0, status=0, popen=Fork):
+    """train_on(device, *options, …) runs train.py → out (its folder), losses, report (the card's), record, stdout."""
+    def train(device, *options, data=streets, out=None, epochs=3, log_seconds=0, precision="fp32", first="", env=(),
+              **how):
         folder = tmp_path_factory.mktemp("run")
-        out, env = out or folder / "run", dict(env)
-        if device == "hpu":
-            env = {**card, "HPU_SIM_REPORT": str(folder / "card.json"), **env}
-        done = run(script, *TINY, "--device", device, "--data", data, "--out", out, "--epochs", epochs, "--log-seconds",
-                   log_seconds, "--precision", precision, *options, env=env, status=status, popen=popen)
-        report = json.loads((folder / "card.json").read_text()) if device == "hpu" else {}
-        ours = without_plugin_lines(done.stderr)
-        assert len(ours) == warnings, done.stderr
-        eager = 3 if report.get("mode") == "eager" else 0
-        assert done.stderr.count("does not have any effect. It's lazy mode only") == eager, done.stderr
-        return SimpleNamespace(out=out, losses=losses(out), report=report, stdout=done.stdout, warnings=ours)
+        out = out or folder / "run"
+        env = {"HPU_SIM_REPORT": str(folder / "card.json"), "RECORD": str(folder / "record"), **dict(env)}
+        words = "--epochs", epochs, "--log-seconds", log_seconds, "--precision", precision, *options
+        how |= {"first": first} if first else {}
+        done = run("train.py", *TINY, "--device", device, "--data", data, "--out", out, *words,
+                   env={**card, **env} if device == "hpu" else env, **how)
+        report = json.loads((folder / "card.json").read_text()) if device == "hpu" else None
+        logged = scalars(out)
+        losses = np.array([[value for _, value in logged[name]] for name in STATS]).T  # (logged steps, 5)
+        record = content(folder / "record") if first.startswith(RECORD) else None
+        return SimpleNamespace(out=out, losses=losses, report=report, record=record, stdout=done.stdout,
+                               stderr=done.stderr)
     return train
 
 
 @pytest.fixture(scope="module")
-def runs(train_on):
-    """The same 12 steps on the CPU, and on the card in both modes."""
-    kinds = {"cpu": ("cpu", {}), "lazy": ("hpu", {}), "eager": ("hpu", EAGER)}
-    done = at_once(*(lambda kind=kind, env=env: train_on(kind, *OPTIONS, env=env) for kind, env in kinds.values()))
-    return dict(zip(kinds, done))
+def on_cpu(train_on):
+    """12 steps on the CPU."""
+    return train_on("cpu", *OPTIONS)
 
 
-both = pytest.mark.parametrize("mode", ["lazy", "eager"])
+@pytest.fixture(scope="module")
+def on_card(train_on):
+    """The same 12 steps on the card, in lazy mode, with the CPU's random numbers."""
+    return train_on("hpu", *OPTIONS, first=HOST_DRAWS)
 
 
 # ---- what a step computes -------------------------------------------------------------------------------------------
 
-@both
-def test_losses_on_the_card_follow_the_cpus_step_for_step(mode, runs):
-    seen, expected, report = runs[mode].losses, runs["cpu"].losses, runs[mode].report
-    assert len(seen) == len(expected) == 12
-    np.testing.assert_allclose(seen, expected, **CLOSE)
-    np.testing.assert_allclose(seen[0], expected[0], rtol=1e-6, err_msg="before the first update only rounding differs")
-    assert report["mode"] == mode and report["fallbacks"] == {}
+def test_losses_on_the_card_follow_the_cpus_step_for_step(on_cpu, on_card):
+    assert len(on_card.losses) == len(on_cpu.losses) == 12
+    np.testing.assert_allclose(on_card.losses, on_cpu.losses, **CLOSE)
+    np.testing.assert_allclose(on_card.losses[0], on_cpu.losses[0], rtol=1e-6, err_msg="only rounding differs")
+    report = on_card.report
+    assert report["mode"] == "lazy" and report["fallbacks"] == {} and on_card.stderr == ""
     assert {"aten::convolution_overrideable", "hpu::optimizer_adamw"} <= set(report["ops"])
 
 
-@both
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mode, runs, train_on, tmp_path):
-    out, env = tmp_path / "run", EAGER if mode == "eager" else {}
-    stop = driver(tmp_path, """
-step = train.DCGAN.step
-def stopped_in_the_sixth(self, frames, calls=[]):
-    calls.append(frames)
-    if len(calls) == 6:
-        os.kill(os.getpid(), 15)
-    return step(self, frames)
-train.DCGAN.step = stopped_in_the_sixth""")
-    train_on("hpu", *OPTIONS, script=stop, out=out, env=env, status=128 + 15)
-    assert load(out)["step"] == 6
-    train_on("hpu", "--resume", out=out, env=env)
-    resumed, expected = load(out), load(runs[mode].out)
-    for saved in (resumed, expected):
-        for state in (*saved["opt_G"].values(), *saved["opt_D"].values()):
-            state.pop("step", None)  # Gaudi's optimizer counts in the group, and neither reads nor changes this one
-    assert equal(resumed, expected)
+def test_compile_takes_eager_mode_and_compiles_in_the_first_steps_alone(on_cpu, train_on):
+    compiled = train_on("hpu", *OPTIONS, "--compile", first=HOST_DRAWS, env={"PT_HPU_LAZY_MODE": "1"})
+    np.testing.assert_allclose(compiled.losses, on_cpu.losses, **CLOSE)
+    report = compiled.report
+    assert report["mode"] == "eager" and report["fallbacks"] == {}
+    assert 2 <= len(report["compile_steps"]) <= 4 and max(report["compile_steps"]) < 4
 
 
-def test_a_run_moves_to_the_card_and_back_as_if_nothing_had_changed(runs, train_on, tmp_path):
-    def go_on(name, *stages):
-        out = shutil.copytree(runs["cpu"].out, tmp_path / name)
-        return [train_on(device, "--resume", out=out, epochs=epochs) for device, epochs in stages]
-    (to, back), (stayed,) = at_once(lambda: go_on("moved", ("hpu", 6), ("cpu", 9)), lambda: go_on("stayed", ("cpu", 9)))
-    np.testing.assert_allclose(back.losses, stayed.losses, rtol=0, atol=5e-3)
-    saved = load(back.out)
-    counts = {int(state["step"]) for name in ("opt_G", "opt_D") for state in saved[name].values()}
-    assert counts == {saved["step"]} == {36}, "the bias correction continues"
+ON_CARD = """
+import json, torch
+import train
+import habana_frameworks.torch.core as htcore
+def report():
+    return htcore.report()
+def new(kind, run):  # how many graphs run() makes, or how many of them it compiles again for a layout
+    htcore.mark_step()
+    before = len(report()[kind + "_steps"])
+    run()
+    htcore.mark_step()
+    return len(report()[kind + "_steps"]) - before
+def show(*values):
+    print(json.dumps(values))
+"""
 
 
-def test_gaudis_optimizer_gets_the_presets_numbers_and_torchs_epsilon(card):
-    done = subprocess.run([sys.executable, "-c", """
-import json, train
-device = train.set_up_device(train.parse_args(["--device", "hpu", "--precision", "fp32"]))
-for preset in ("naive-64", "safe-128"):
-    model = train.DCGAN(train.parse_args(["--preset", preset, "--ngf", "1", "--ndf", "1"]), device)
-    for optimizer in (model.opt_G, model.opt_D):
-        group = optimizer.param_groups[0]
-        print(json.dumps([type(optimizer).__name__, *(group[key] for key in "lr betas eps weight_decay".split())]))
-"""], cwd=ROOT, env={**os.environ, **card}, capture_output=True, text=True)
-    naive, safe = (["FusedAdamW", 2e-4, [0.5, 0.999], 1e-8, decay] for decay in (0, 0.05))
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [naive, naive, safe, safe], done.stderr
+@pytest.fixture
+def script_on_card(card, tmp_path):
+    """script_on_card(code, **environment) runs code on the card, in lazy mode → what show() printed."""
+    def script_on_card(code, **env):
+        (tmp_path / "script.py").write_text(ON_CARD + dedent(code))
+        done = run(tmp_path / "script.py", env={**card, "PYTHONPATH": f"{ROOT}:{card['PYTHONPATH']}",
+                                                "PT_HPU_LAZY_MODE": "1", **env})
+        return json.loads(done.stdout.splitlines()[-1])
+    return script_on_card
 
 
-# ---- graphs and waits -----------------------------------------------------------------------------------------------
+def test_gaudis_optimizer_gets_the_presets_numbers_and_torchs_epsilon(script_on_card):
+    """Gaudi's own epsilon is 1e-6."""
+    naive, safe = script_on_card("""
+        groups = []
+        for preset in ("naive-64", "safe-128"):
+            typed = train.parse_args(["--preset", preset, "--device", "hpu", "--ngf", "1", "--ndf", "1"])
+            args = getattr(train, "look_up", lambda args: args)(typed)
+            optimizer = train.DCGAN(args, train.set_up_device(args)).opt_D
+            groups.append([type(optimizer).__name__, optimizer.param_groups[0]])
+        show(*([name, *(group[key] for key in "lr betas eps weight_decay".split())] for name, group in groups))
+    """)
+    assert naive == ["FusedAdamW", 2e-4, [0.5, 0.999], 1e-8, 0]
+    assert safe == ["FusedAdamW", 2e-4, [0.5, 0.999], 1e-8, 0.05]
 
-def waits(report):
-    """{optimizer steps finished before it: how often the host waited for the card}. Two of them are a training step."""
-    steps, found = 0, Counter()
-    for event in report["events"]:
-        steps += event == "upload:step"
-        if event.startswith("sync:"):
-            found[steps] += 1
-    assert steps == report["optimizer_steps"], "all events are there"
-    return found
+
+def test_images_are_shifted_by_whole_pixels_under_bf16(script_on_card):
+    """The shifts are computed in fp32, although a product with a number is bf16 on Gaudi."""
+    first, second, differing = script_on_card("""
+        draw = torch.empty(2, 4096, 1, 1, 1).uniform_(-2, 3)
+        torch.Tensor.uniform_ = lambda tensor, *bounds: tensor.copy_(draw)
+        images = torch.ones(4096, 1, 16, 16)
+        with torch.autocast("hpu", torch.bfloat16):
+            on_card = train.translate(images.to("hpu")).cpu().float()
+            product = torch.rand(8, device="hpu") * 9
+        differing = (on_card != train.translate(images)).flatten(1).any(1).sum().item()
+        show(str(product.dtype), list(on_card.shape), differing)
+    """)
+    assert (first, second, differing) == ("torch.bfloat16", [4096, 1, 16, 16], 0)
 
 
-def check_lazy(report, logs, saves, begun=0, more=0):
-    """Check a lazy run that began at step `begun` and logged and saved after these steps. It may have `more` graphs.
+# ---- random numbers, saving and resuming ----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def scored(train_on, tmp_path_factory):
+    """7 steps with a score at both ends; the first 3 of them, saved after each step; the same resumed to the end."""
+    folder = tmp_path_factory.mktemp("scored")
+    frames = np.random.default_rng(1).integers(0, 256, (112 + 50, 40, 54, 3), np.uint8)
+    pack = make_pack(folder / "pack", frames[50:], frames[:50])
+    how = dict(data=pack, precision="bf16", log_seconds=1000, epochs=1)
+    first = RECORD + SCORE
+    whole = train_on("hpu", *OPTIONS, **how, first=first, env={"PT_HPU_METRICS_FILE": str(folder / "metrics.json")})
+    stopped = train_on("hpu", *OPTIONS, "--save-minutes", 0, **how, first=first + STOP_IN_STEP_3, status=143)
+    resumed = train_on("hpu", *OPTIONS, "--save-minutes", 5, "--resume", **how, out=stopped.out, first=first)
+    return SimpleNamespace(whole=whole, stopped=stopped, resumed=resumed, metrics=folder / "metrics.json")
+
+
+def listed(numbered):
+    """The values of {0: …, 1: …}, which is how lists are saved."""
+    return [numbered[i] for i in range(len(numbered))]
+
+
+def test_a_save_changes_nothing_that_follows(scored):
+    """A save draws pictures, scores them, and seeds the card while it does so."""
+    whole, stopped = scored.whole.record, scored.stopped.record
+    assert len(stopped["stats"]) == 3 and (scored.stopped.out / "scores.csv").read_text().count("\n") > 3
+    for what in ("latents", "frames", "stats"):
+        assert same(listed(stopped[what]), listed(whole[what])[:3]), what
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(scored):
+    whole, resumed = scored.whole.record, scored.resumed.record
+    assert len(resumed["stats"]) == 7 - 3
+    for what in ("latents", "frames", "stats"):
+        assert same(listed(resumed[what]), listed(whole[what])[3:]), what
+    assert same(resumed["weights"], whole["weights"])
+
+
+def test_two_cards_draw_different_latents_and_the_same_ones_after_a_resume(card, streets, tmp_path):
+    words = *TINY, *OPTIONS, "--device", "hpu", "--data", streets, "--out", tmp_path / "run"
+    env = {**card, "HPU_SIM_CARDS": "2", "HPU_SIM_REPORT": str(tmp_path / "card.json")}
+    keep = f"""
+recorded_step = train.DCGAN.step
+def keep_the_checkpoint(self, frames):
+    if len(seen["frames"]) == 5 and os.environ["RANK"] == "0":
+        import shutil
+        shutil.copytree({str(tmp_path / "run")!r}, {str(tmp_path / "again")!r})
+    return recorded_step(self, frames)
+train.DCGAN.step = keep_the_checkpoint
+"""
+    def train(*words, first=RECORD, name):
+        done = ranks(2, "train.py", *words, "--epochs", 4, "--log-seconds", 1000, env={**env, "RECORD": str(tmp_path / name)}, first=first)
+        assert [rank.returncode for rank in done] == [0, 0], done
+        return done, [content(tmp_path / f"{name}{rank}") for rank in (0, 1)]
+
+    (first, _), whole = train(*words, "--save-minutes", 0, first=RECORD + keep, name="whole")
+    assert "2 × hpu" in first.stdout
+    again = content(tmp_path / "again" / "checkpoint.pt")["step"]
+    _, resumed = train(*words[:-1], tmp_path / "again", "--resume", "--save-minutes", 5, name="resumed")
+    assert again == 5
+    for rank in (0, 1):
+        for what in ("latents", "frames"):
+            assert same(listed(resumed[rank][what]), listed(whole[rank][what])[again:]), what
+    for what in ("latents", "frames"):
+        drawn = [value.numpy().tobytes() for rank in whole for value in listed(rank[what])]
+        assert len(set(drawn)) == len(drawn) == 16, f"8 steps of 2 cards repeat {what}"
+
+    a, b = ({(net, key): value for net, weights in rank["weights"].items() for key, value in weights.items()
+             if key.endswith(("weight", "bias"))} for rank in whole)
+    assert same(a, b), "both cards have the same weights"
+    for rank in (0, 1):
+        report = json.loads((tmp_path / f"card.json.{rank}").read_text())  # of the resumed run, which is the last
+        check_lazy(report, {1, 3}, {3}, more=2)  # the all-reduce cuts D's update in two, and G's
+        assert report["ops"]["hccl::allreduce"] == 2 * 3, "one message for each update"
+
+
+# ---- graphs, waits and metrics --------------------------------------------------------------------------------------
+
+def check_lazy(report, logs, saves, more=0):
+    """Check a run in lazy mode that logged and saved after these of its steps. It may have `more` graphs than six.
 
     A graph that is compiled again because its inputs have another layout is not counted: this is normal in the second
     and the third step, and in a save.
     """
-    logs, saves = ({2 * (step - begun) for step in steps} for steps in (logs, saves))
+    logs, saves = ({2 * step for step in steps} for steps in (logs, saves))  # in steps of an optimizer
     graphs = report["graph_steps"]
     assert report["mode"] == "lazy"
     assert report["fallbacks"] == {}, "fall-backs to the CPU"
-    assert set(waits(report)) <= logs | saves, "waits for the card in other steps than logged ones and saves"
+    assert set(report["sync_steps"]) <= logs | saves, "waits for the card in other steps than logged ones and saves"
+    assert len([step for step in graphs if step not in saves]) <= 6 + more, "graphs for training"
     assert len(graphs) <= 10 + more, "graphs: six for training, three for the first save, one for later saves"
-    assert len([step for step in graphs if step not in saves]) <= more + (4 if 0 in saves else 6), "graphs for training"
     assert not [step for step in graphs if step >= 2 * 3 and step not in saves], "graphs after the third step"
     again = [step for step in report["layout_steps"] if step not in saves]
     assert max(again) < 2 * 3, "graphs compiled again after the third step"
 
 
-@pytest.fixture(scope="module")
-def scored(train_on, tmp_path_factory):
-    """(pack, run of 301 steps that scored its first and last pictures, the same resumed for 35 steps)."""
-    pack = tmp_path_factory.mktemp("packs") / "scored"
-    run("prepare_data.py", "--demo", 240, "--image-size", 32, "--holdout", 0.4, pack)  # 124 frames to train on
-    first = train_on("hpu", *OPTIONS, precision="bf16", data=pack, epochs=43, log_seconds=1000)
-    resumed = train_on("hpu", *OPTIONS, "--resume", precision="bf16", data=pack, out=first.out, epochs=48,
-                       log_seconds=1000)
-    return pack, first, resumed
+def test_a_run_compiles_six_graphs_for_training_and_waits_only_to_log_and_to_save(scored):
+    check_lazy(scored.whole.report, {1, 7}, {0, 7})
+    check_lazy(scored.resumed.report, {1, 4}, {4})
 
 
-def test_a_run_compiles_six_graphs_for_training_and_waits_only_to_log_and_to_save(scored, train_on):
-    _, long, resumed = scored
-    check_lazy(long.report, {1, 301}, {0, 301})
-    check_lazy(resumed.report, {302, 336}, {336}, begun=301)
-    assert (long.out / "scores.csv").read_text().count("\n") == 1 + 2 + 1
-    short = train_on("hpu", *OPTIONS, precision="bf16", log_seconds=1000)
-    check_lazy(short.report, {1, 12}, {0, 12})
-    in_training = [[step for step in run.report["graph_steps"] if 0 < step < 24] for run in (long, short)]
-    assert in_training[0] == in_training[1], "as many in 301 steps as in 12"
-
-
-FAULTS = {
-    "batches that are views at changing offsets": ("graphs", """
-batches = train.batches
-def of_one_upload(*args):
-    one_by_one = batches(*args)
-    while True:
-        yield from torch.cat([next(one_by_one) for _ in range(64)]).to("hpu").split(16)
-train.batches = of_one_upload"""),
-    "swa_utils.update_bn": ("graphs", """
-def sampler(self):
-    z = train.latents(range(512), self.args.nz, self.args.latent).split(64)
-    torch.optim.swa_utils.update_bn((part.to("hpu") for part in z), self.G_ema)
-    return self.G_ema.eval()
-train.DCGAN.sampler = sampler"""),
-    "a slice with Python numbers in the step": ("graphs", """
-cut_windows = train.cut_windows
-def at(frames, *args, calls=[]):
-    calls.append(len(calls) % 8)
-    return cut_windows(frames[:, :, calls[-1]:calls[-1] + 40], *args)
-train.cut_windows = at"""),
-    "weights that are uploaded again in a later step": ("compiled again", """
-step = train.DCGAN.step
-def step_and_upload(self, frames, calls=[]):
-    calls.append(frames)
-    if len(calls) == 6:
-        for weight in self.G.parameters():
-            weight.data.copy_(0.02 * torch.randn(weight.shape))
-    return step(self, frames)
-train.DCGAN.step = step_and_upload"""),
-    "bytes that are permuted": ("fall-backs", """
-cut_windows = train.cut_windows
-def permuted(frames, *args):
-    frames.permute(0, 3, 1, 2)
-    return cut_windows(frames, *args)
-train.cut_windows = permuted"""),
-    "pictures that become bytes on the card": ("fall-backs", """
-render = train.render
-def on_the_card(G, z, *args):
-    with torch.no_grad():
-        G(z.to("hpu")).to(torch.uint8)
-    return render(G, z, *args)
-train.render = on_the_card"""),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_check_finds_a_planted_fault(fault, train_on, tmp_path):
-    words, plant = FAULTS[fault]
-    report = train_on("hpu", *OPTIONS, script=driver(tmp_path, plant), precision="bf16",
-                      log_seconds=1000).report
-    with pytest.raises(AssertionError, match=words):
-        check_lazy(report, {1, 12}, {0, 12})
-
-
-def test_compile_takes_eager_mode_and_compiles_in_the_first_steps_alone(train_on):
-    report = train_on("hpu", *OPTIONS, "--compile", "--save-minutes", 0, precision="bf16",
-                      env={"PT_HPU_LAZY_MODE": "1"}).report  # as older launch scripts set it
-    assert report["mode"] == "eager" and report["fallbacks"] == {}
-    assert 2 <= report["compiles"] <= 4 and max(report["compile_steps"]) < 4
-
-
-def shifted(card, plant=""):
-    """How many of 4,096 images train.translate shifts differently on the card, in bf16, and on the CPU, in fp32."""
-    code = f"""
-import sys
-import torch, train
-device = train.choose_device("hpu")
-{plant}
-images = torch.ones(4096, 1, 16, 16)
-torch.manual_seed(0)
-on_cpu = train.translate(images)
-torch.manual_seed(0)
-with torch.autocast("hpu", torch.bfloat16):
-    on_card = train.translate(images.to("hpu"))
-print((on_card.cpu().float() != on_cpu).flatten(1).any(1).sum().item())
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **card}, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
-def test_images_are_shifted_on_the_card_as_on_the_cpu(card):
-    assert shifted(card) == 0
-
-
-def test_that_check_finds_shifts_in_bf16(card):
-    assert shifted(card, """
-def translate(images):
-    S = images.shape[-1]
-    pixels = torch.arange(S, device=images.device)
-    shifts = (torch.rand(2, len(images), 1, 1, 1, device=images.device) * (S // 4 + 1)).floor() - S // 8
-    rows, columns = (pixels[:, None] == pixels + shifts).to(images.dtype)
-    return rows @ images @ columns.mT
-train.translate = translate""") > 0
-
-
-# ---- the plugin's own files and words -------------------------------------------------------------------------------
-
-def test_a_metrics_file_has_what_the_readme_says(train_on, tmp_path):
-    env = {"PT_HPU_METRICS_FILE": str(tmp_path / "metrics.json"),
-           "PT_HPU_METRICS_DUMP_TRIGGERS": "process_exit,metric_change"}
-    report = train_on("hpu", *OPTIONS, env=env).report
-    entries = json.loads((tmp_path / "metrics.json").read_text())
-    last = {entry["metric_name"]: entry["statistics"]["TotalNumber"] for entry in entries}
-    assert last["graph_compilation"] == report["graphs"] + report["layout_graphs"]
-    assert last["cpu_fallback"] == 0
-
-
-def test_a_metrics_file_without_a_folder_ends_the_run(card, streets, tmp_path):
-    env = {**os.environ, **card, "PT_HPU_METRICS_FILE": "metrics.json",
-           "PT_HPU_METRICS_DUMP_TRIGGERS": "process_exit,metric_change"}
-    words = [sys.executable, ROOT / "train.py", *TINY, "--device", "hpu", "--data", streets, "--out", tmp_path / "a"]
-    done = subprocess.run(list(map(str, words)), cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode != 0 and "No such file or directory: ''" in done.stderr
-
-
-def test_too_little_memory_is_one_line(card, streets, tmp_path):
-    stderr = run("train.py", *TINY, "--device", "hpu", "--data", streets, "--out", tmp_path / "a", status=2,
-                 env={**card, "HPU_SIM_MEMORY": "1000000"}).stderr
-    line, = without_plugin_lines(stderr)
-    assert "--batch-size" in line
-
-
-# ---- files and pictures ---------------------------------------------------------------------------------------------
-
-def test_files_saved_on_the_card_open_where_there_is_no_plugin(runs):
-    files = [path.name for path in runs["lazy"].out.glob("*.pt")]
-    assert {"checkpoint.pt", "generator-000000192.pt"} <= set(files)
-    for file in files:
-        weights = load(runs["lazy"].out, file)["G_ema"]  # load fails with card tensors
-        assert weights["main.0.weight"].device.type == "cpu"
-
-
-@pytest.mark.parametrize("script, words", [("sample.py", ["--n", 70]), ("interpolate.py", ["--frames", 20])])
-def test_pictures_drawn_on_the_card_are_those_of_the_cpu(script, words, runs, card, tmp_path):
-    words = "--checkpoint", runs["lazy"].out, "--scale", 2, *words
-    env = {**card, "HPU_SIM_REPORT": str(tmp_path / "card.json")}
-    at_once(lambda: run(script, *words, "--device", "cpu", "--out", tmp_path / "cpu.png"),
-            lambda: run(script, *words, "--device", "hpu", "--out", tmp_path / "hpu.png", env=env))
-    cpu, hpu = (np.asarray(Image.open(tmp_path / name), int) for name in ("cpu.png", "hpu.png"))
-    assert abs(cpu - hpu).max() <= 1
-    report = json.loads((tmp_path / "card.json").read_text())
-    assert report["graphs"] == 1 and report["syncs"] == 2 and report["fallbacks"] == {}, "one graph for both batches"
-
-
-def test_nearest_and_features_run_on_the_cpu_and_say_so(scored, card, tmp_path):
-    pack, trained, _ = scored
-    def examine(option, *words):
-        env = {**card, "HPU_SIM_REPORT": str(tmp_path / option)}
-        return run("sample.py", "--device", "hpu", "--checkpoint", trained.out, option, pack, *words, env=env)
-    both = at_once(lambda: examine("--nearest", "--n", 4, "--out", tmp_path / "a.png"), lambda: examine("--features"))
-    for option, done in zip(("--nearest", "--features"), both):
-        lines = done.stdout.splitlines() + without_plugin_lines(done.stderr)
-        assert len([line for line in lines if "CPU" in line]) == 1
-        report = tmp_path / option
-        assert not report.exists() or json.loads(report.read_text())["ops"] == {}
-
-
-# ---- several cards --------------------------------------------------------------------------------------------------
-
-def test_two_cards_share_the_data_and_have_the_same_weights(card, streets, tmp_path):
-    script = driver(tmp_path, f"""
-frames, noise, main, batches, step = [], [], train.main, train.batches, train.DCGAN.step
-def seen(*args):
-    for batch in batches(*args):
-        frames.append(batch.clone())
-        yield batch
-def seen_step(*args):
-    noise.append(torch.hpu.get_rng_state())
-    return step(*args)
-def main_and_what_it_saw():
-    model = main()
-    saw = dict(model=model.state_dict(), frames=torch.cat(frames), noise=torch.stack(noise))
-    torch.save(saw, {str(tmp_path)!r} + "/rank" + os.environ["RANK"], pickle_protocol=2)
-train.main, train.batches, train.DCGAN.step = main_and_what_it_saw, seen, seen_step""")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, *TINY,
-               *OPTIONS, "--device", "hpu", "--data", streets, "--out", tmp_path / "a", "--epochs", 4,
-               "--log-seconds", 0]
-    env = {**os.environ, **card, "HPU_SIM_CARDS": "2", "HPU_SIM_REPORT": str(tmp_path / "card.json")}
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(losses(tmp_path / "a")) == 8 and "2 × hpu" in done.stdout, "16 images per card: 4 epochs of 2 steps"
-    ranks = [load(tmp_path, f"rank{rank}") for rank in (0, 1)]
-    a, b = ({(net, key): value for net in ("G", "D", "G_ema") for key, value in rank["model"][net].items()
-             if key.endswith(("weight", "bias"))} for rank in ranks)
-    assert equal(a, b)
-    frames = [{frame.numpy().tobytes() for frame in rank["frames"]} for rank in ranks]
-    assert len(frames[0]) == len(frames[1]) == 32 and not frames[0] & frames[1]
-    assert len({state.numpy().tobytes() for rank in ranks for state in rank["noise"]}) == 2 * 8, "no noise is repeated"
-    for rank in (0, 1):
-        report = json.loads((tmp_path / f"card.json.{rank}").read_text())
-        check_lazy(report, range(1, 9), {0, 8}, more=2)  # the all-reduce cuts D's update in two, and G's
-        assert "hccl::allreduce" in report["ops"]
-        assert report["events"].count("mark:hccl") == 2 * 8, "one all-reduce for each update"
-
-
-FAILING_RANK = """
-open(os.path.join(os.path.dirname(__file__), "pid" + os.environ["RANK"]), "w").write(str(os.getpid()))
-step = train.DCGAN.step
-def failing(self, frames, calls=[]):
-    calls.append(frames)
-    if len(calls) == 3 and os.environ["RANK"] == "1":
-        raise train.InputError("this rank fails")
-    return step(self, frames)
-train.DCGAN.step = failing"""
-
-
-def run_failing_rank(script, card, streets, timeout):
-    """(exit status, output) of two ranks under torchrun. Raises TimeoutExpired this many seconds after the failure."""
-    folder = script.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, *TINY,
-               "--device", "hpu", "--data", streets, "--out", folder / "run", "--epochs", 4]
-    job = subprocess.Popen(list(map(str, command)), env={**os.environ, **card, "HPU_SIM_CARDS": "2"},
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output = []
-    with job:
-        for line in job.stdout:
-            output.append(line)
-            if "this rank fails" in line:
-                break
-        try:
-            job.wait(timeout)
-        except subprocess.TimeoutExpired:
-            for pid in [job.pid, *(int(path.read_text()) for path in folder.glob("pid*"))]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            raise
-        output += job.stdout
-    return job.returncode, "".join(output)
-
-
-def test_a_rank_that_fails_ends_the_job_with_its_one_error_line(card, streets, tmp_path):
-    status, output = run_failing_rank(driver(tmp_path, FAILING_RANK), card, streets, timeout=60)
-    assert status != 0 and output.count("error: this rank fails") == 1
-
-
-def test_that_check_finds_a_rank_that_waits_for_the_others_at_its_end(card, streets, tmp_path):
-    plant = f"{FAILING_RANK}\nfrom types import SimpleNamespace\ntrain.atexit = SimpleNamespace(register=print)"
-    with pytest.raises(subprocess.TimeoutExpired):
-        run_failing_rank(driver(tmp_path, plant), card, streets, timeout=20)
+def test_a_metrics_file_has_what_the_readme_says(scored):
+    report = scored.whole.report
+    numbers = {entry["metric_name"]: entry["statistics"]["TotalNumber"]
+               for entry in json.loads(scored.metrics.read_text())}
+    assert numbers == {"graph_compilation": len(report["graph_steps"] + report["layout_steps"]), "cpu_fallback": 0}
 
 
 # ---- the lists of ops -----------------------------------------------------------------------------------------------
 
-def test_files_replace_the_plugins_lists(runs, train_on, tmp_path):
+def test_lists_of_ops_replace_the_plugins_and_a_resumed_run_keeps_them(on_card, train_on, streets, tmp_path):
     (tmp_path / "low").write_text("dot\n")
     (tmp_path / "high").write_text("conv2d\nconv_transpose2d\nbatch_norm\nrelu\nleaky_relu\ntanh\nmatmul\nsoftplus\n")
-    low, high = (os.path.relpath(tmp_path / name) for name in ("low", "high"))
-    script = driver(tmp_path, "import atexit\natexit.register(lambda: print(sorted(\n"
-                              "    path for name, path in os.environ.items() if name.endswith('_OPS_LIST'))))")
-    mixed, fp32 = at_once(
-        lambda: train_on("hpu", *OPTIONS, script=script, precision="bf16", popen=new_process),
-        lambda: train_on("hpu", *OPTIONS, "--bf16-ops", low, "--hmp-fp32", high, script=script, precision="bf16"))
-    assert abs(mixed.losses - runs["lazy"].losses).max() > 1e-3, "bf16 shows"
-    np.testing.assert_allclose(fp32.losses, runs["lazy"].losses, **CLOSE)
-    assert mixed.stdout.splitlines()[-1] == "[]", "without options the plugin's own lists apply"
-    assert fp32.stdout.splitlines()[-1] == str([str(tmp_path / "high"), str(tmp_path / "low")]), "absolute paths"
+    lists = {"PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST": str(tmp_path / "low"),
+             "PT_HPU_AUTOCAST_FP32_OPS_LIST": str(tmp_path / "high")}
+    words = "--bf16-ops", "low", "--hmp-fp32", "high"  # the second has its older name
+    out = tmp_path / "runs" / "streets-32"
+    how = dict(out=out, precision="bf16", first=HOST_DRAWS, cwd=tmp_path)
+    fp32 = train_on("hpu", *OPTIONS, *words, **how)
+    np.testing.assert_allclose(fp32.losses, on_card.losses, **CLOSE)
+    assert fp32.report["lists"] == lists, "absolute paths"
+
+    env = {"HPU_SIM_REPORT": str(tmp_path / "card.json")}
+    run("train.py", "--resume", "--data", streets, "--device", "hpu", "--epochs", 4, cwd=tmp_path,
+        env={**build(), **env})  # without --out
+    report = json.loads((tmp_path / "card.json").read_text())
+    assert report["lists"] == lists and report["optimizer_steps"] == 2 * 4
 
 
-def test_a_list_with_windows_line_ends_is_refused_with_the_cure(tmp_path):
+def test_a_new_process_starts_in_lazy_mode_with_the_plugins_own_lists(train_on):
+    """Although `import torch` loads the plugin, unless train.py prevents it."""
+    started = train_on("hpu", epochs=1, precision="bf16", popen=new_process)
+    assert started.report["mode"] == "lazy" and started.report["lists"] == {} and len(started.losses) == 4
+
+
+@pytest.mark.parametrize("option", ["--bf16-ops", "--fp32-ops"])
+def test_a_list_with_windows_line_ends_is_refused_with_the_cure(option, tmp_path):
     """The plugin would find no op in it, and train in fp32 without a word."""
     (tmp_path / "ops").write_bytes(b"conv2d\r\nconv_transpose2d\r\n")
-    refused = run("train.py", "--bf16-ops", "ops", "--device", "cpu", cwd=tmp_path, status=2)
+    refused = run("train.py", option, "ops", "--device", "cpu", cwd=tmp_path, status=2)
     cure = re.search("sed .*", refused.stderr)[0]
     subprocess.run(cure, shell=True, check=True, cwd=tmp_path)
     assert (tmp_path / "ops").read_bytes() == b"conv2d\nconv_transpose2d\n"
 
 
-def test_old_launch_scripts_start_a_run(train_on, tmp_path):
-    """One line says which flags have no effect."""
-    (tmp_path / "ops").write_text("conv2d\n")
-    lists = "--hmp-bf16", tmp_path / "ops", "--hmp-fp32", tmp_path / "ops"
-    words = "--hmp", "--hmp-opt-level", "O1", "--hmp-verbose", *lists
-    done = train_on("hpu", *words, epochs=1, precision="bf16")
-    assert done.stdout.count("without effect: --hmp, --hmp-opt-level, --hmp-verbose") == 1
-    assert len(done.losses) == 4
-
-
-def test_names_that_torch_does_not_know_and_other_devices_are_no_errors(train_on, tmp_path):
-    """Habana's published lists have such names. One launch script serves all devices."""
-    (tmp_path / "ops").write_bytes(b"conv2d\ncross_entropy\niadd\n\n# a comment \xff\ntruediv\n")
-    words = "--hmp-bf16", tmp_path / "ops", "--fp32-ops", tmp_path / "ops"
-    hpu, cpu = at_once(*(lambda device=device: train_on(device, *words, epochs=1, precision="bf16", warnings=2)
-                         for device in ("hpu", "cpu")))
-    assert len(hpu.losses) == len(cpu.losses) == 4
-    for warning in (*hpu.warnings, *cpu.warnings):
-        assert warning.startswith("warning: ")
-        assert all(repr(name) in warning for name in ("cross_entropy", "iadd", "", "# a comment \ufffd", "truediv"))
-    assert cpu.stdout.count("torch.autocast") == 1 and "torch.autocast" not in hpu.stdout
-
-
-def test_a_missing_list_is_an_error(tmp_path):
+def test_a_missing_list_is_one_line_and_other_devices_ignore_a_list_with_a_word(train_on, tmp_path):
     done = run("train.py", "--bf16-ops", "no/such/file", "--device", "cpu", cwd=tmp_path, status=2)
     assert "no/such/file" in done.stderr and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+    (tmp_path / "ops").write_text("conv2d\ncross_entropy\n")  # Habana's lists have names that torch does not know
+    done = train_on("cpu", "--hmp-bf16", tmp_path / "ops", epochs=1)
+    assert (done.stdout + done.stderr).count("torch.autocast") == 1
 
 
-# ---- where something is missing -------------------------------------------------------------------------------------
+# ---- files and pictures ---------------------------------------------------------------------------------------------
 
-def check_refusal(script, env, reason, cwd):
-    """--device hpu without a usable card is one line and status 2."""
-    stderr = run(script, "--device", "hpu", env=env, cwd=cwd, status=2).stderr
-    assert "--device hpu" in stderr and reason in stderr and len(stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "interpolate.py"])
-def test_without_a_card_one_line_says_why(script, card, tmp_path):
-    at_once(lambda: check_refusal(script, {}, "docs.habana.ai", tmp_path),
-            lambda: check_refusal(script, {**card, "HPU_SIM_CARDS": "0"}, "no Gaudi card", tmp_path),
-            lambda: check_refusal(script, {**card, "HPU_SIM_BUSY": "1"}, "Device acquire failed", tmp_path))
+def test_files_saved_on_the_card_open_where_there_is_no_plugin(scored):
+    files = [*scored.stopped.out.glob("*.pt")]
+    assert {file.name for file in files} >= {"checkpoint.pt", "best.pt"}
+    for file in files:
+        weights = content(file)["G_ema"]  # fails with card tensors
+        assert weights["main.0.weight"].device.type == "cpu"
 
 
-@pytest.mark.parametrize("machine, reason, choose", [
-    ("busy", "Device acquire failed", "torch.hpu.is_available()"),
-    ("without a card", "no Gaudi card", "torch.hpu.get_device_name() is not None"),
+@pytest.mark.parametrize("script, words", [("sample.py", ["--n", 70]), ("interpolate.py", ["--frames", 20])])
+def test_pictures_drawn_on_the_card_are_those_of_the_cpu(script, words, on_card, card, tmp_path):
+    words = "--checkpoint", on_card.out, "--scale", 2, *words
+    run(script, *words, "--device", "cpu", "--out", tmp_path / "cpu.png")
+    run(script, *words, "--device", "hpu", "--out", tmp_path / "hpu.png",
+        env={**card, "HPU_SIM_REPORT": str(tmp_path / "card.json")})
+    cpu, hpu = (np.asarray(Image.open(tmp_path / name), int) for name in ("cpu.png", "hpu.png"))
+    assert abs(cpu - hpu).max() <= 1
+    report = json.loads((tmp_path / "card.json").read_text())
+    assert len(report["graph_steps"]) == 1 and report["fallbacks"] == {}, "one graph for both batches"
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
+def test_resuming_a_run_of_the_cpu_on_the_card_is_one_line_that_names_init(on_cpu, card, streets):
+    stderr = run("train.py", "--resume", "--device", "hpu", "--data", streets, "--out", on_cpu.out, "--epochs", 9,
+                 env=card, status=2).stderr
+    assert "--init" in stderr and "cpu" in stderr and "hpu" in stderr and len(stderr.splitlines()) == 1
+
+
+def test_too_little_memory_is_one_line(card, streets, tmp_path):
+    stderr = run("train.py", *TINY, "--device", "hpu", "--data", streets, "--out", tmp_path / "a", status=2,
+                 env={**card, "HPU_SIM_MEMORY": "1000000"}).stderr
+    assert "--batch-size" in stderr and len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("machine, reason", [
+    (None, "habana_frameworks"),
+    ({"HPU_SIM_CARDS": "0"}, "no Gaudi card"),
+    ({"HPU_SIM_BUSY": "1"}, "Device acquire failed"),
 ])
-def test_that_check_finds_a_script_that_looks_at_one_sign_of_a_card(machine, reason, choose, card, streets, tmp_path):
-    script = driver(tmp_path, f"""
-def choose_device(name, *rank):
-    import habana_frameworks.torch.core
-    if {choose}:
-        return torch.device("hpu")
-train.choose_device = choose_device
-sys.argv += ["--data", {str(streets)!r}, "--image-size", "32", "--batch-size", "16"]""")
-    env = {"HPU_SIM_BUSY": "1"} if machine == "busy" else {"HPU_SIM_CARDS": "0"}
-    with pytest.raises(AssertionError, match="(?s)Traceback.*Device acquire failed"):
-        check_refusal(script, {**card, **env}, reason, tmp_path)
+def test_without_a_usable_card_one_line_says_why(machine, reason, card, tmp_path):
+    scripts = ("train.py", "sample.py", "interpolate.py") if machine is None else ("train.py",)
+    for script in scripts:
+        env = {} if machine is None else {**card, **machine}
+        stderr = run(script, "--device", "hpu", env=env, cwd=tmp_path, status=2).stderr
+        assert "hpu" in stderr and reason in stderr and len(stderr.splitlines()) == 1
 
 
-def test_auto_takes_a_free_card_or_else_the_cpu(card, streets, runs, tmp_path):
-    train, busy = [*TINY, "--data", streets, "--epochs", 1], {**card, "HPU_SIM_BUSY": "1"}
-    free, *others = at_once(
-        lambda: run("train.py", *train, "--out", tmp_path / "free", env=card),
-        lambda: run("train.py", *train, "--out", tmp_path / "busy", env=busy),
-        lambda: run("sample.py", "--checkpoint", runs["cpu"].out, "--out", tmp_path / "samples.png", env=busy),
-        lambda: run("interpolate.py", "--checkpoint", runs["cpu"].out, "--out", tmp_path / "walk.png", env=busy))
-    assert "1 × hpu" in free.stdout and without_plugin_lines(free.stderr) == [] and "1 × cpu" in others[0].stdout
-    for done in others:
-        assert "Device acquire failed" in done.stderr and "CPU" in done.stderr and len(done.stderr.splitlines()) == 1
+def test_auto_takes_a_free_card_or_else_the_cpu_with_a_warning(card, on_cpu, tmp_path):
+    def draw(env):
+        return run("sample.py", "--checkpoint", on_cpu.out, "--n", 1, "--out", tmp_path / "a.png", env=env)
+    report = tmp_path / "card.json"
+    free = draw({**card, "HPU_SIM_REPORT": str(report)})
+    assert json.loads(report.read_text())["ops"] and free.stderr == ""
+    busy = draw({**card, "HPU_SIM_BUSY": "1"})
+    assert "Device acquire failed" in busy.stderr and "CPU" in busy.stderr and len(busy.stderr.splitlines()) == 1
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_one_error_line(card, streets, tmp_path):
+    """The plugin makes a process that ends alone wait for the others, without a time limit."""
+    failing = """
+import train
+step = train.DCGAN.step
+def fail_in_step_3(self, frames, calls=[]):
+    calls.append(frames)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        raise train.InputError("this rank fails")
+    return step(self, frames)
+train.DCGAN.step = fail_in_step_3
+"""
+    words = *TINY, "--device", "hpu", "--data", streets, "--out", tmp_path / "run", "--epochs", 4
+    done = ranks(2, "train.py", *words, env={**card, "HPU_SIM_CARDS": "2"}, first=failing, timeout=60)
+    assert done[1].returncode == 2 and done[1].stderr.count("error: this rank fails") == 1
+    assert done[0].returncode not in (0, -9), "it was not killed after the time limit"
+
+
+# ---- the simulated card itself --------------------------------------------------------------------------------------
+
+def test_the_card_has_random_numbers_of_its_own_which_only_the_plugin_seeds(script_on_card):
+    cpu, card, again, other, bound_before, unchanged = script_on_card("""
+        def draw(seed, n, device="hpu"):
+            seed(n)
+            return torch.randn(4, device=device).tolist()
+        torch.manual_seed(3)
+        host = torch.default_generator.get_state()
+        everywhere, alone = torch.manual_seed, torch.hpu.random.manual_seed_all
+        numbers = [draw(everywhere, 3, "cpu"), draw(everywhere, 3), draw(alone, 3), draw(alone, 4)]
+        before = torch.manual_seed.__wrapped__  # what a script had bound before the plugin loaded
+        torch.manual_seed(5), torch.rand(3, device="hpu")
+        bound = [draw(before, 3) for _ in range(2)]
+        torch.manual_seed(3)
+        torch.empty(3, device="hpu").uniform_(), torch.nn.functional.dropout(torch.ones(3, device="hpu"))
+        show(*numbers, bound, torch.equal(torch.default_generator.get_state(), host))
+    """)
+    assert card == again and len({*map(tuple, (cpu, card, other, *bound_before))}) == 5 and unchanged
+
+
+def test_lazy_mode_compiles_a_graph_for_each_new_constant(script_on_card):
+    made, = script_on_card("""
+        x, square = torch.ones(4, 6).to("hpu"), torch.ones(6, 6).to("hpu")
+        rows = torch.arange(8).to("hpu")
+        each = lambda f, values: sum(new("graph", lambda v=v: f(v)) for v in values)
+        show(dict(
+            the_same=each(lambda _: x * 2 + x, range(3)),
+            other_memory=each(lambda _: x.clone(), range(2)) + each(lambda t: t.clone(), [torch.ones(4, 6).to("hpu")]),
+            numbers=each(lambda n: x - n, [1, 2, 3, 1]),
+            uploaded=each(lambda n: x + torch.tensor([float(n)]).to("hpu"), [1, 2, 3, 1]),
+            shapes=each(lambda n: torch.full((n,), 1.5, device="hpu"), [2, 3, 4, 2]),
+            dtypes=each(lambda t: x.to(t), [torch.bfloat16, torch.int32, torch.bfloat16]),
+            strides=each(lambda t: t.exp(), [square, square.t(), square]),
+            offsets=each(lambda part: part + 1, rows.split(2)),
+            slices=each(lambda n: x[:, n:n + 2], [1, 2, 3]),
+            waiting=each(lambda _: (x.mean().item(), x.mean()), range(2)),
+            nothing=new("graph", lambda: None),
+            draws=each(lambda n: (torch.manual_seed(n), torch.rand(3, device="hpu")), [1, 2, 3])))
+    """)
+    assert made == dict(the_same=1, other_memory=1, numbers=3, uploaded=1, shapes=3, dtypes=2, strides=2, offsets=4,
+                        slices=3, waiting=1, nothing=0, draws=1)
+
+
+def test_a_graph_compiles_again_while_the_layout_of_its_inputs_changes(script_on_card):
+    matrix, vector, uploaded = script_on_card("""
+        matrix, vector = torch.ones(3, 3).to("hpu"), torch.ones(3).to("hpu")
+        each = lambda run: [new("layout", run) for _ in range(5)]
+        in_place, of_a_vector = each(lambda: matrix.mul_(2)), each(lambda: vector.mul_(3))
+        matrix.copy_(torch.ones(3, 3))
+        show(in_place, of_a_vector, each(lambda: matrix.mul_(5)))
+    """)
+    assert matrix == uploaded == [0, 1, 1, 0, 0], "in the second and the third run"
+    assert vector == [0] * 5, "a vector has one layout"
+
+
+def test_what_has_no_kernel_for_its_dtype_falls_back_and_waits(script_on_card):
+    fine, seen = script_on_card("""
+        images, rows = torch.arange(24.0).view(2, 3, 4).to("hpu"), torch.tensor([1, 0]).to("hpu")
+        frames = images.cpu().to(torch.uint8).to("hpu")
+        images.permute(2, 0, 1), images.index_select(0, rows), frames.float().permute(2, 0, 1), frames.clone()
+        fine = report()
+        assert frames.permute(2, 0, 1).cpu().equal(frames.cpu().permute(2, 0, 1))
+        assert images.to(torch.uint8).cpu().equal(frames.cpu())
+        frames.index_select(0, rows), torch.isin(images, rows)
+        show(fine, report())
+    """)
+    assert fine["fallbacks"] == {}
+    assert seen["fallbacks"] == {"aten::permute Byte": 1, "aten::_copy_from Float->Byte": 1,
+                                 "aten::index_select Byte": 1, "aten::isin Float": 1}
+    assert sum(n for op, n in seen["syncs"].items() if op.startswith("aten::")) == 4, "the host waits for each"
+
+
+@pytest.mark.parametrize("end, dtype", [("\n", "torch.bfloat16"), ("\r\n", "torch.float32")])
+def test_a_list_of_ops_with_windows_line_ends_matches_nothing_and_says_nothing(end, dtype, script_on_card, tmp_path):
+    (tmp_path / "ops").write_bytes(f"conv2d{end}matmul{end}".encode())
+    shown, = script_on_card("""
+        x = torch.ones(4, 4).to("hpu")
+        with torch.autocast("hpu", torch.bfloat16):
+            show(str((x @ x).dtype))
+    """, PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST=str(tmp_path / "ops"))
+    assert shown == dtype

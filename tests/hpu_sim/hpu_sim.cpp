@@ -1,8 +1,8 @@
-// A simulated Gaudi card. Every tensor really has device type `hpu`, so device mix-ups,
-// op lists, syncs and checkpoints behave as they do on the card; the arithmetic is the CPU's,
-// on the same memory, so an fp32 run gives the CPU's numbers. Nothing here says how fast a card is;
-// the record counts what makes a card slow: new graphs, fall-backs to the CPU, waits and uploads.
-// Builds with torch 2.6 and later; no pybind, so it is loaded with torch.ops.load_library.
+// A simulated Gaudi card. Every tensor really has device type `hpu`, so device mix-ups, op lists,
+// waits and checkpoints behave as they do on the card. The CPU does the arithmetic, on the same
+// memory. Random numbers come from a generator of the card's own. Nothing here says how fast a card
+// is. The record counts what makes a card slow: new graphs, fall-backs to the CPU, and waits.
+// Builds with torch 2.6 and later. No pybind, so it is loaded with torch.ops.load_library.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -16,7 +16,6 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_cpu_dispatch.h>
-#include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -29,18 +28,14 @@
 #include <cstring>
 #include <fstream>
 #include <functional>
-#include <iostream>
 #include <map>
 #include <mutex>
 #include <set>
 #include <sstream>
-#include <thread>
 #include <unordered_set>
 
-#include "metrics.h"
-
 using namespace at;
-static const Device kCard(DeviceType::HPU, 0);  // a process sees its one card as hpu:0, as on a real machine
+static const Device kCard(DeviceType::HPU, 0);  // a process sees its one card as hpu:0
 
 // ---- the record: what a test reads afterwards -------------------------------------------------
 static int64_t env_int(const char* name, int64_t otherwise) {
@@ -48,36 +43,19 @@ static int64_t env_int(const char* name, int64_t otherwise) {
   return value && *value ? std::atoll(value) : otherwise;
 }
 
-static constexpr size_t kMaxEvents = 20000;
-
-struct Hash {  // FNV-1a
-  uint64_t value = 14695981039346656037ull;
-  void add(const std::string& text) {
-    for (unsigned char c : text) value = (value ^ c) * 1099511628211ull;
-  }
-};
-
 static struct Record {
   std::mutex lock;  // backward runs in a thread of its own
   bool lazy = false;
-  std::set<std::string> ops;
-  std::map<std::string, int64_t> syncs, fallbacks, uploads{{"seed", 0}, {"step", 0}, {"tensor", 0}};
-  std::vector<std::string> events;
-  int64_t marks = 0;
+  std::map<std::string, std::map<std::string, int64_t>> counts;  // of ops, syncs and fallbacks, by name
   int64_t optimizer_steps = 0;
-  int64_t in_graph = 0;  // ops since the last cut
-  int64_t longest = 0;
 
   // Lazy mode: a graph is every op between two cuts. The card compiles each distinct graph once,
   // and once more where an input of the same graph comes in another layout.
-  Hash graph, recipe;  // without the layouts of the inputs, and with them
-  std::set<uint64_t> graphs, recipes;
-  std::vector<int64_t> new_graphs, graph_steps, layout_steps;
+  std::string text, layouts;  // of the graph since the last cut
+  std::set<size_t> graphs, recipes;  // hashes: without the layouts of the inputs, and with them
+  std::map<std::string, std::vector<int64_t>> steps;  // the optimizer steps before each graph, layout and sync
   std::atomic<int64_t> graphs_run{0};
-
   std::ofstream dump;  // HPU_SIM_GRAPHS
-  std::string text;    // of the graph since the last cut, for the dump
-  Metrics metrics;
 } record_;
 
 // ---- layouts ----------------------------------------------------------------------------------
@@ -99,308 +77,146 @@ static Block* block_of(const Tensor& t) {
   const auto& memory = t.storage().data_ptr();
   return memory.get_deleter() == &Block::release ? static_cast<Block*>(memory.get_context()) : nullptr;
 }
-static int layout_of(const Block& b) {
-  const bool by_an_earlier_graph = b.written >= 0 && b.written < record_.graphs_run;
-  return std::min(kLastLayout, b.layout + by_an_earlier_graph);
-}
 static int layout_of(const Tensor& t) {
   const Block* b = t.dim() < 2 ? nullptr : block_of(t);  // numbers and vectors have one layout
-  return b ? layout_of(*b) : 0;
+  return b ? std::min(kLastLayout, b->layout + (b->written >= 0 && b->written < record_.graphs_run)) : 0;
 }
-static void written(const Tensor& t) {  // by an op of the graph since the last cut
-  Block* b = block_of(t);
-  if (!b) return;
-  b->layout = layout_of(*b);
-  b->written = record_.graphs_run;
-}
-static void written_by_the_host(const Tensor& t) {
-  Block* b = block_of(t);
-  if (!b) return;
-  b->layout = 0;
-  b->written = -1;
+static void written(const Tensor& t, bool by_the_host = false) {  // otherwise by an op since the last cut
+  if (Block* b = block_of(t)) {
+    b->layout = by_the_host ? 0 : layout_of(t);
+    b->written = by_the_host ? -1 : record_.graphs_run.load();
+  }
 }
 
 // ---- what a graph is compiled for: of tensors all but the memory, and the value of everything else
-static const char* name_of(ScalarType t) {
-  switch (t) {
-    case kByte: return "uint8";
-    case kChar: return "int8";
-    case kShort: return "int16";
-    case kInt: return "int32";
-    case kLong: return "int64";
-    case kHalf: return "float16";
-    case kBFloat16: return "bfloat16";
-    case kFloat: return "float32";
-    case kDouble: return "float64";
-    case kBool: return "bool";
-    default: return c10::toString(t);
-  }
-}
-
 struct Arguments {
   std::string text;
   std::string layouts;  // of the tensors, a digit each
+  std::string dtype;    // of the first tensor
 
+  Arguments& say(const std::string& words) {
+    text += words + " ";
+    return *this;
+  }
   Arguments& add(double v) {
     char s[40];
-    std::snprintf(s, sizeof s, "%.17g ", v);
-    text += s;
-    return *this;
+    std::snprintf(s, sizeof s, "%.17g", v);
+    return say(s);
   }
-  Arguments& add(int64_t v) {
-    text += std::to_string(v) + " ";
-    return *this;
-  }
-  Arguments& add(bool v) {
-    text += v ? "True " : "False ";
-    return *this;
-  }
+  Arguments& add(int64_t v) { return say(std::to_string(v)); }
+  Arguments& add(bool v) { return say(v ? "True" : "False"); }
   Arguments& add(IntArrayRef list) {
-    text += "[";
+    say("[");
     for (int64_t v : list) add(v);
-    text += "] ";
-    return *this;
+    return say("]");
   }
   Arguments& add(const Tensor& t) {
-    if (!t.defined()) {
-      text += "None ";
-      return *this;
-    }
+    if (!t.defined()) return say("None");
+    if (dtype.empty()) dtype = toString(t.scalar_type());
     if (t.device().is_cpu() && t.unsafeGetTensorImpl()->is_wrapped_number()) {  // a Python number: a constant
       const Scalar v = t.item();
-      if (v.isComplex()) return add(v.toComplexDouble().real()).add(v.toComplexDouble().imag());
-      if (v.isBoolean()) return add(v.toBool());
-      return v.isIntegral(false) ? add(v.toLong()) : add(v.toDouble());
+      return v.isIntegral(true) ? add(v.toLong()) : add(v.toDouble());
     }
-    text += name_of(t.scalar_type());
-    if (t.device().is_cpu()) {  // its value is an input
-      text += "(uploaded) ";
-      return *this;
-    }
+    say(toString(t.scalar_type()));  // Byte, Float, BFloat16, …
+    if (t.device().is_cpu()) return say("uploaded");  // its value is an input
     layouts += std::to_string(layout_of(t));
-    add(t.sizes()).text += "strides ";
-    add(t.strides());
-    if (t.storage_offset() == 0) return *this;
-    text += "offset ";
-    return add(t.storage_offset());
+    return add(t.sizes()).say("strides").add(t.strides()).say("offset").add(t.storage_offset());
   }
   Arguments& add(const IValue& v) {
     if (v.isTensor()) return add(v.toTensor());
     if (v.isDouble()) return add(v.toDouble());
     if (v.isInt()) return add(v.toInt());  // dtypes and memory formats are numbers here
     if (v.isBool()) return add(v.toBool());
-    if (v.isString()) {
-      text += "'" + v.toStringRef() + "' ";
-      return *this;
-    }
+    if (v.isString()) return say(v.toStringRef());
     if (v.isList()) {
-      text += "[";
+      say("[");
       for (const IValue& x : v.toListRef()) add(x);
-      text += "] ";
-      return *this;
+      return say("]");
     }
-    if (!v.isDevice()) text += v.tagKind() + " ";  // None, Generator
-    return *this;
+    return v.isDevice() ? *this : say(v.tagKind());  // None, Generator
   }
 };
 
 // ---- writing into the record ------------------------------------------------------------------
-static void add_event(const std::string& e) {
-  if (record_.events.size() < kMaxEvents) record_.events.push_back(e);
-}
-
-static void dump_graph(const std::string& cut_by, const char* why) {
-  auto& r = record_;
-  if (!r.dump.is_open()) return;
-  r.dump << "graph " << r.recipes.size() << why << ": " << r.in_graph << " ops, run " << r.graphs_run
-         << ", after " << r.optimizer_steps << " optimizer steps, cut by " << cut_by << "\n"
-         << r.text << "\n" << std::flush;
-}
-
 static void cut(const std::string& by) {  // the caller holds the lock
   auto& r = record_;
-  bool compiled = false;
-  if (r.in_graph > 0 && r.lazy) {
-    const bool new_graph = r.graphs.insert(r.graph.value).second;
-    compiled = r.recipes.insert(r.recipe.value).second;
-    if (new_graph) {
-      r.new_graphs.push_back(r.graphs_run);
-      r.graph_steps.push_back(r.optimizer_steps);
-      dump_graph(by, "");
-    } else if (compiled) {
-      r.layout_steps.push_back(r.optimizer_steps);
-      dump_graph(by, " (again, for a layout)");
+  if (!r.text.empty() && r.lazy) {
+    const bool new_graph = r.graphs.insert(std::hash<std::string>()(r.text)).second;
+    const bool compiled = r.recipes.insert(std::hash<std::string>()(r.text + r.layouts)).second;
+    if (compiled) r.steps[new_graph ? "graph" : "layout"].push_back(r.optimizer_steps);
+    if (compiled && r.dump.is_open()) {
+      r.dump << "graph " << r.recipes.size() << (new_graph ? "" : " (again, for a layout)") << ", after "
+             << r.optimizer_steps << " optimizer steps, cut by " << by << "\n" << r.text << r.layouts << "\n\n";
     }
     ++r.graphs_run;
   }
-  r.in_graph = 0;
-  r.graph = r.recipe = Hash();
   r.text.clear();
-  if (compiled) r.metrics.compiled();
+  r.layouts.clear();
 }
 
 static void ran(const std::string& op, const Arguments& arguments) {
   std::lock_guard<std::mutex> hold(record_.lock);
-  record_.ops.insert(op);
-  const std::string line = op + "(" + arguments.text + ")\n";
-  record_.graph.add(line);
-  record_.recipe.add(line + arguments.layouts);
-  if (record_.dump.is_open()) record_.text += "  " + arguments.layouts + " " + line;
-  record_.longest = std::max(record_.longest, ++record_.in_graph);
+  ++record_.counts["ops"][op];
+  record_.text += "  " + op + "(" + arguments.text + ")\n";
+  record_.layouts += arguments.layouts + " ";
 }
 
 static void synced(std::string by) {  // the host waits for the card, which first runs what it was given
   std::lock_guard<std::mutex> hold(record_.lock);
-  ++record_.syncs[by];
-  add_event("sync:" + by);
+  ++record_.counts["syncs"][by];
+  record_.steps["sync"].push_back(record_.optimizer_steps);
   cut(by);
 }
 
 // An op without a kernel: its tensors go to the host and back. `call` is the op and a dtype.
 static void fell_back(const std::string& op, const std::string& call) {
-  const std::string name = call.substr(0, call.find(' '));
   {
     std::lock_guard<std::mutex> hold(record_.lock);
-    ++record_.fallbacks[call];
-    record_.ops.insert(op);
-    record_.metrics.fell_back(name);
+    ++record_.counts["fallbacks"][call];
+    ++record_.counts["ops"][op];
   }
-  synced(name.substr(name.find("::") + 2));
+  synced(op);
 }
 
-static void uploaded(std::string what) {  // "tensor", "seed" of a random draw, "step" of FusedAdamW
+static void mark(std::string by) {  // by: mark_step, FusedAdamW or hccl
   std::lock_guard<std::mutex> hold(record_.lock);
-  ++record_.uploads[what];
-  add_event(what == "tensor" ? "copy_to_hpu" : "upload:" + what);
-}
-
-static void mark(std::string by) {  // by: empty when the script cut the graph, else who did (the optimizer, hccl)
-  std::lock_guard<std::mutex> hold(record_.lock);
-  if (by.empty()) ++record_.marks;
-  add_event(by.empty() ? "mark" : "mark:" + by);
-  cut(by.empty() ? "mark_step" : by);
-}
-
-static std::string report() {
-  std::lock_guard<std::mutex> hold(record_.lock);
-  const auto& r = record_;
-  std::ostringstream out;
-  auto names = [&](const char* key, const auto& values) {
-    const char* comma = "";
-    out << ",\"" << key << "\":[";
-    for (const auto& v : values) {
-      out << comma << '"' << v << '"';
-      comma = ",";
-    }
-    out << "]";
-  };
-  auto numbers = [&](const char* key, const auto& values) {
-    const char* comma = "";
-    out << ",\"" << key << "\":[";
-    for (int64_t v : values) {
-      out << comma << v;
-      comma = ",";
-    }
-    out << "]";
-  };
-  auto counts = [&](const char* key, const auto& values) {
-    const char* comma = "";
-    out << ",\"" << key << "\":{";
-    for (const auto& [name, n] : values) {
-      out << comma << '"' << name << "\":" << n;
-      comma = ",";
-    }
-    out << "}";
-  };
-  out << "{\"mark_steps\":" << r.marks;
-  out << ",\"longest_graph\":" << r.longest;
-  out << ",\"graphs\":" << r.graphs.size();
-  out << ",\"layout_graphs\":" << r.layout_steps.size();
-  out << ",\"graphs_run\":" << r.graphs_run;
-  out << ",\"optimizer_steps\":" << r.optimizer_steps;
-  numbers("new_graphs", r.new_graphs);
-  numbers("graph_steps", r.graph_steps);
-  numbers("layout_steps", r.layout_steps);
-  counts("syncs_by_op", r.syncs);
-  counts("fallbacks", r.fallbacks);
-  counts("uploads", r.uploads);
-  names("ops", r.ops);
-  names("events", r.events);
-  out << "}";
-  return out.str();
+  cut(by);
 }
 
 // ---- kernels that the card has: supported_ops.txt ---------------------------------------------
-// A line is an op and what it lacks: "op", "op -dtype", "op ->dtype" (a conversion to that dtype).
+// A line has ops. "op: dtype dtype" lacks these dtypes. "op: >dtype" lacks conversions to it.
 static std::map<std::string, std::set<std::string>> supported;
 static void read_supported(const std::vector<std::string>& lines) {
   for (const auto& line : lines) {
-    std::istringstream words(line);
-    std::string op, but;
-    if (!(words >> op) || op[0] == '#') continue;
-    auto& not_for = supported[op];
-    while (words >> but) not_for.insert(but.substr(1));
+    std::istringstream words(line.substr(0, line.find('#')));
+    std::set<std::string>* lacks = nullptr;
+    for (std::string word; words >> word;) {
+      if (lacks) lacks->insert(word);
+      else if (word.back() == ':') lacks = &supported[word.substr(0, word.size() - 1)];
+      else supported[word];
+    }
   }
 }
 
-// Records a call of an op: part of a graph, or a fall-back to the host.
-// `name` has the overload, `op` has not. `dtype` is that of its first tensor, or empty.
-static void called(const std::string& name, const std::string& op, const std::string& dtype, const Arguments& arguments) {
-  const auto known = op.rfind("aten::", 0) == 0 ? supported.find(op.substr(6)) : supported.end();
-  if (known != supported.end() && !known->second.count(dtype)) ran(name, arguments);
-  else fell_back(name, dtype.empty() ? op : op + " " + dtype);
+// Records a call of an op: part of a graph, or a fall-back to the host. `name` has the overload, `op` has not.
+static void called(const std::string& name, const std::string& op, const Arguments& arguments) {
+  const auto known = supported.find(op.substr(op.find(':') + 2));
+  if (known != supported.end() && !known->second.count(arguments.dtype)) ran(name, arguments);
+  else fell_back(name, op + " " + arguments.dtype);
 }
-static void called(const std::string& op, const Tensor& t, const Arguments& arguments) {
-  called(op, op, name_of(t.scalar_type()), arguments);
-}
+static void called(const std::string& op, const Arguments& arguments) { called(op, op, arguments); }
 
 // ---- memory, device guard, generator, hooks ---------------------------------------------------
 // A process takes a card when it first needs one. Other processes hold HPU_SIM_BUSY of the machine's HPU_SIM_CARDS.
 static int64_t cards() { return env_int("HPU_SIM_CARDS", 1); }
 static std::atomic<bool> acquired{false};
-static int64_t max_cache_fields = 3;  // of PT_HPU_RECIPE_CACHE_CONFIG
-
-static void print_banner() {  // rank 0 alone
-  std::clog << "============================= HABANA PT BRIDGE CONFIGURATION =========================== \n";
-  const std::pair<const char*, const char*> flags[] = {
-      {"PT_RECIPE_CACHE_PATH", ""},
-      {"PT_CACHE_FOLDER_DELETE", "0"},
-      {"PT_HPU_RECIPE_CACHE_CONFIG", ""},
-      {"PT_HPU_MAX_COMPOUND_OP_SIZE", "9223372036854775807"},
-      {"PT_HPU_LAZY_ACC_PAR_MODE", "1"},
-      {"PT_HPU_ENABLE_REFINE_DYNAMIC_SHAPES", "0"},
-      {"PT_HPU_EAGER_PIPELINE_ENABLE", "1"},
-      {"PT_HPU_EAGER_COLLECTIVE_PIPELINE_ENABLE", "1"},
-  };
-  std::clog << " PT_HPU_LAZY_MODE = " << record_.lazy << "\n";
-  for (const auto& [name, otherwise] : flags) {
-    const char* value = std::getenv(name);
-    std::clog << " " << name << " = " << (value ? value : otherwise) << "\n";
-  }
-  std::clog << "---------------------------: System Configuration :---------------------------\n";
-  std::clog << "Num CPU Cores : " << std::thread::hardware_concurrency() << "\n";
-  std::clog << "CPU RAM       : 32000000 KB\n";
-  std::clog << "------------------------------------------------------------------------------\n" << std::flush;
-}
-
-static void check_recipe_cache() {
-  const char* config = std::getenv("PT_HPU_RECIPE_CACHE_CONFIG");
-  if (!config) return;
-  std::istringstream fields(config);
-  int64_t n = 0;
-  for (std::string field; std::getline(fields, field, ',');) ++n;
-  TORCH_CHECK(n <= max_cache_fields, "Expected number of parameters extracted from PT_HPU_RECIPE_CACHE_CONFIG "
-              "should be from range <1:", max_cache_fields, ">.");
-}
 
 static void acquire() {
   if (acquired) return;
   TORCH_CHECK(cards() > 0, "synStatus=8 [Device not found] Device acquire failed. No devices found.");
   const bool is_free = env_int("LOCAL_RANK", 0) < cards() - env_int("HPU_SIM_BUSY", 0);
   TORCH_CHECK(is_free, "synStatus=8 [Device not found] Device acquire failed.");
-  check_recipe_cache();
   acquired = true;
-  if (env_int("RANK", 0) == 0) print_banner();
 }
 
 static std::atomic<int64_t> bytes_now{0}, bytes_peak{0};
@@ -421,32 +237,12 @@ struct CardAllocator final : c10::Allocator {
     void* p = nullptr;
     // 64: what the CPU's vector kernels get
     TORCH_CHECK(posix_memalign(&p, 64, n) == 0, "no memory left for the simulated card");
-    const int64_t now = bytes_now += n;
-    for (int64_t peak = bytes_peak; peak < now && !bytes_peak.compare_exchange_weak(peak, now);) {}
+    bytes_peak = std::max(bytes_peak.load(), bytes_now += n);
     return {p, new Block{p, n}, &Block::release, kCard};
   }
   void copy_data(void* dst, const void* src, std::size_t n) const override { std::memcpy(dst, src, n); }
 };
 static CardAllocator card_memory;
-
-struct PinnedAllocator final : c10::Allocator {  // plain memory that remembers that it was asked to be pinned
-  static std::set<const void*>& live() { static std::set<const void*> s; return s; }
-  static std::mutex& lock() { static std::mutex m; return m; }
-  static void release(void* p) {
-    { std::lock_guard<std::mutex> hold(lock()); live().erase(p); }
-    std::free(p);
-  }
-  c10::DataPtr allocate(size_t n) override {
-    void* p = nullptr;
-    TORCH_CHECK(posix_memalign(&p, 64, std::max<size_t>(n, 1)) == 0, "no memory left to pin");
-    std::lock_guard<std::mutex> hold(lock());
-    live().insert(p);
-    return {p, p, &release, Device(kCPU)};
-  }
-  c10::DeleterFnPtr raw_deleter() const override { return &release; }
-  void copy_data(void* dst, const void* src, std::size_t n) const override { std::memcpy(dst, src, n); }
-};
-static PinnedAllocator pinned_memory;
 
 template <DeviceType T>
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -458,17 +254,30 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, Device(T, 0)); }
   Stream exchangeStream(Stream s) const noexcept override { return s; }
   DeviceIndex deviceCount() const noexcept override { return T == DeviceType::HPU && cards() > 0; }
-  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
-  void block(void*, const Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  void destroyEvent(void*, const DeviceIndex) const noexcept override {}
 };
 static Guard<DeviceType::HPU> card_guard;
 static Guard<DeviceType::CUDA> no_cuda_guard;
 
-struct CardGenerator final : CPUGeneratorImpl {  // torch.Generator("hpu"): the CPU's numbers under the card's name
-  explicit CardGenerator(uint64_t seed = default_rng_seed_val) : CPUGeneratorImpl(seed) { call_itself(kCard); }
-  void call_itself(Device d) { device_ = d; }
+// The card's generator. Its numbers are not the CPU's. Before it is seeded, all cards have the same.
+static constexpr uint64_t kOther = 0x6A09E667;
+static mt19937 card_engine(kOther);
+static void seed_card(int64_t seed) { card_engine = mt19937(static_cast<uint64_t>(seed) ^ kOther); }
+
+struct CardDraws {  // while this lives, the CPU's kernels draw from the card's generator
+  CPUGeneratorImpl* cpu = get_generator_or_default<CPUGeneratorImpl>(std::nullopt, at::detail::getDefaultCPUGenerator());
+  mt19937 host = cpu->engine();
+  std::optional<float> next_float = cpu->next_float_normal_sample();
+  std::optional<double> next_double = cpu->next_double_normal_sample();
+  CardDraws() { use(card_engine, std::nullopt, std::nullopt); }
+  ~CardDraws() {
+    card_engine = cpu->engine();
+    use(host, next_float, next_double);
+  }
+  void use(const mt19937& engine, std::optional<float> f, std::optional<double> d) {
+    cpu->set_engine(engine);
+    cpu->set_next_float_normal_sample(f);
+    cpu->set_next_double_normal_sample(d);
+  }
 };
 
 struct CardHooks final : HPUHooksInterface {  // isBuilt and isAvailable override nothing in torch 2.6
@@ -479,19 +288,12 @@ struct CardHooks final : HPUHooksInterface {  // isBuilt and isAvailable overrid
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return cards() > 0; }
   DeviceIndex getCurrentDevice() const override { return 0; }
-  Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
-  bool isPinnedPtr(const void* p) const override {
-    std::lock_guard<std::mutex> hold(PinnedAllocator::lock());
-    return PinnedAllocator::live().count(p) > 0;
-  }
-  Generator getNewGenerator(DeviceIndex) const override { return make_generator<CardGenerator>(); }
 };
 static CardHooks card_hooks;
 
 // Called once, by habana_frameworks.torch.core.
-static int64_t plug_in(bool lazy, std::vector<std::string> supported_ops, int64_t cache_fields) {
+static int64_t plug_in(bool lazy, std::vector<std::string> supported_ops) {
   record_.lazy = lazy;
-  max_cache_fields = cache_fields;
   read_supported(supported_ops);
   if (const char* path = std::getenv("HPU_SIM_GRAPHS")) {
     const char* rank = std::getenv("RANK");
@@ -523,30 +325,6 @@ static Tensor on_card(const Tensor& t) {
   return out;
 }
 
-// Records a call of an op, before it runs.
-static void record_call(const c10::OperatorHandle& op, const std::string& name, c10::ArrayRef<IValue> arguments) {
-  std::string base = op.operator_name().name;  // aten::add of aten::add_.Tensor
-  if (base.back() == '_') base.pop_back();
-  std::string dtype;  // of the first tensor
-  Arguments all;
-  std::function<void(const IValue&)> look = [&](const IValue& v) {
-    if (v.isList()) {
-      for (const IValue& x : v.toListRef()) look(x);
-    }
-    if (!v.isTensor() || !v.toTensor().defined()) return;
-    const Tensor& t = v.toTensor();
-    if (dtype.empty()) dtype = name_of(t.scalar_type());
-    const bool is_constant = t.unsafeGetTensorImpl()->is_wrapped_number();
-    if (t.device().is_cpu() && t.dim() == 0 && !is_constant) uploaded("tensor");
-  };
-  for (const IValue& v : arguments) {
-    look(v);
-    all.add(v);
-  }
-  if (!record_.lazy && op.hasTag(at::Tag::nondeterministic_seeded)) uploaded("seed");
-  called(name, base, dtype, all);
-}
-
 // Every op without a kernel below: check devices as the card would, run the CPU's kernel on the same memory.
 static void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -554,26 +332,24 @@ static void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
   const size_t first = stack->size() - args.size();
   const auto& on = op.operator_name();
   const std::string name = on.overload_name.empty() ? on.name : on.name + "." + on.overload_name;
-  record_call(op, name, c10::ArrayRef<IValue>(stack->data() + first, args.size()));
+  std::vector<IValue> given(stack->begin() + first, stack->end());  // the card's tensors, to hand back those written in place
+  Arguments all;
+  for (const IValue& v : given) all.add(v);
+  called(name, on.name.back() == '_' ? on.name.substr(0, on.name.size() - 1) : on.name, all);
 
   auto check = [&](const Tensor& t) {
     TORCH_CHECK(!t.defined() || t.device() == kCard || (t.device().is_cpu() && t.dim() == 0),
                 "Expected all tensors to be on the same device, but ", name, " found at least two devices, hpu:0 and ", t.device(), "!");
   };
-  auto list_on_cpu = [&](const auto& list) {
-    c10::List<Tensor> out;
-    for (const Tensor& t : list) { check(t); out.push_back(on_cpu(t)); }
-    return out;
-  };
-  std::vector<IValue> given(stack->begin() + first, stack->end());  // the card's tensors, to hand back those written in place
-  CardGenerator* generator = nullptr;
   for (size_t i = 0; i < args.size(); ++i) {
     IValue& v = (*stack)[first + i];
     if (v.isTensor()) {
       check(v.toTensor());
       v = on_cpu(v.toTensor());
     } else if (v.isTensorList()) {
-      v = list_on_cpu(v.toTensorVector());
+      c10::List<Tensor> out;
+      for (const Tensor& t : v.toTensorVector()) { check(t); out.push_back(on_cpu(t)); }
+      v = out;
     } else if (v.isOptionalTensorList()) {
       c10::List<std::optional<Tensor>> out;
       for (const std::optional<Tensor>& t : v.toOptionalTensorVector()) {
@@ -582,16 +358,17 @@ static void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
       }
       v = out;
     } else if (v.isGenerator()) {
-      TORCH_CHECK(v.toGenerator().device() == kCard, "Expected a 'hpu' device type for generator but found '", v.toGenerator().device().type(), "'");
-      generator = static_cast<CardGenerator*>(v.toGenerator().unsafeGetGeneratorImpl());
+      TORCH_CHECK(false, "Expected a 'hpu' device type for generator but found '", v.toGenerator().device().type(), "'");
     } else if (v.isDevice()) {
       v = Device(kCPU);
     }
   }
   std::vector<IValue> seen(stack->begin() + first, stack->end());
-  if (generator) generator->call_itself(Device(kCPU));  // a CPU kernel takes a CPU generator only
-  op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
-  if (generator) generator->call_itself(kCard);
+  {
+    std::optional<CardDraws> draws;
+    if (op.hasTag(at::Tag::nondeterministic_seeded)) draws.emplace();
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+  }
 
   for (size_t i = 0; i < args.size(); ++i) {
     if (!args[i].alias_info() || !args[i].alias_info()->isWrite()) continue;
@@ -639,22 +416,17 @@ static Tensor card_empty_strided(IntArrayRef size, IntArrayRef stride, std::opti
   return at::detail::empty_strided_generic(size, stride, &card_memory, DispatchKeySet(DispatchKey::HPU), c10::dtype_or_default(dtype));
 }
 static void record_copy(const Tensor& src, const Tensor& dst) {  // from the card to the card
-  const Arguments both = Arguments().add(src).add(dst);
-  const std::string from = name_of(src.scalar_type());
-  const std::string to = name_of(dst.scalar_type());
-  const auto& lacks = supported["_copy_from"];
-  if (from != to && lacks.count(">" + to)) fell_back("aten::_copy_from", "aten::_copy_from " + from + "->" + to);
-  else called("aten::_copy_from", src, both);
+  const std::string from = toString(src.scalar_type()), to = toString(dst.scalar_type());
+  const bool lacks = from != to && supported["_copy_from"].count(">" + to);
+  if (lacks) fell_back("aten::_copy_from", "aten::_copy_from " + from + "->" + to);
+  else called("aten::_copy_from", Arguments().add(src).add(dst));
 }
 static Tensor card_copy(const Tensor& src, const Tensor& dst, bool non_blocking) {
   const bool from_card = src.device() == kCard;
-  const bool to_card = dst.device() == kCard;
-  if (from_card && to_card) record_copy(src, dst);
+  if (from_card && dst.device() == kCard) record_copy(src, dst);
   else if (from_card) synced(non_blocking ? "copy_to_cpu_non_blocking" : "copy_to_cpu");
-  else uploaded("tensor");
   on_cpu(dst).copy_(on_cpu(src));
-  if (from_card) written(dst);
-  else written_by_the_host(dst);
+  written(dst, !from_card);
   return dst;
 }
 static Tensor card_copy_and_resize(const Tensor& src, const Tensor& dst) {
@@ -665,12 +437,11 @@ static Tensor card_copy_and_resize(const Tensor& src, const Tensor& dst) {
 // Views. Each is an op of the graph.
 static Tensor card_as_strided(const Tensor& t, IntArrayRef size, IntArrayRef stride, std::optional<int64_t> offset) {
   const int64_t at = offset.value_or(t.storage_offset());
-  called("aten::as_strided", t, Arguments().add(t).add(size).add(stride).add(at));
+  called("aten::as_strided", Arguments().add(t).add(size).add(stride).add(at));
   return at::native::as_strided_tensorimpl(t, size, stride, offset);
 }
 static Tensor card_permute(const Tensor& t, IntArrayRef dims) {
-  called("aten::permute", t, Arguments().add(t).add(dims));
-  TORCH_CHECK(static_cast<int64_t>(dims.size()) == t.dim(), "permute: ", dims.size(), " dimensions for ", t.dim());
+  called("aten::permute", Arguments().add(t).add(dims));
   std::vector<int64_t> size, stride;
   for (int64_t dim : dims) {
     size.push_back(t.size(dim));
@@ -678,16 +449,12 @@ static Tensor card_permute(const Tensor& t, IntArrayRef dims) {
   }
   return at::native::as_strided_tensorimpl(t, size, stride, t.storage_offset());
 }
-static Tensor card_unfold(const Tensor& t, int64_t dim, int64_t size, int64_t step) {
-  called("aten::unfold", t, Arguments().add(t).add(dim).add(size).add(step));
-  return at::native::unfold(t, dim, size, step);
-}
 static Tensor card_view(const Tensor& t, IntArrayRef size) {
-  called("aten::view", t, Arguments().add(t).add(size));
+  called("aten::view", Arguments().add(t).add(size));
   return at::native::view(t, size);
 }
 static Tensor card_reshape_alias(const Tensor& t, IntArrayRef size, IntArrayRef stride) {
-  called("aten::_reshape_alias", t, Arguments().add(t).add(size).add(stride));
+  called("aten::_reshape_alias", Arguments().add(t).add(size).add(stride));
   return at::native::_reshape_alias(t, size, stride);
 }
 
@@ -735,7 +502,6 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
   m.impl("_copy_from_and_resize", &card_copy_and_resize);
   m.impl("as_strided", &card_as_strided);
   m.impl("permute", &card_permute);
-  m.impl("unfold", &card_unfold);
   m.impl("view", &card_view);
   m.impl("_reshape_alias", &card_reshape_alias);
   m.impl("resize_", &at::native::resize_);
@@ -756,7 +522,7 @@ static Ops ops_from(const char* env, Ops defaults) {
     TORCH_WARN("Failed to open file with ops to autocast: ", path, ". Default list loaded.");
     return defaults;
   }
-  Ops ops;  // a line is a name as it stands, and the file is the whole list
+  Ops ops;  // a line is a name as it stands (no trimming), and the file is the whole list
   for (std::string line; std::getline(file, line);) ops.insert(line);
   return ops;
 }
@@ -818,9 +584,9 @@ TORCH_LIBRARY_IMPL(aten, AutocastHPU, m) {
 
 // ---- what the Python side calls -----------------------------------------------------------------
 TORCH_LIBRARY(hpu_sim, m) {
-  m.def("plug_in(bool lazy, str[] supported_ops, int cache_fields) -> int", &plug_in);
+  m.def("plug_in(bool lazy, str[] supported_ops) -> int", &plug_in);
   m.def("acquire() -> ()", [] { acquire(); });
-  m.def("acquired() -> bool", [] { return acquired.load(); });
+  m.def("seed(int seed) -> ()", &seed_card);
   // An op that the Python side computes. It may write all its tensors.
   m.def("ran(str op, Tensor[] tensors, str constants) -> ()", [](std::string op, std::vector<Tensor> tensors, std::string constants) {
     Arguments all;
@@ -831,21 +597,20 @@ TORCH_LIBRARY(hpu_sim, m) {
   });
   m.def("mark(str by) -> ()", &mark);
   m.def("synced(str by) -> ()", [](std::string by) { acquire(); synced(by); });
-  m.def("uploaded(str what) -> ()", &uploaded);
   m.def("optimizer_step() -> ()", [] {
     std::lock_guard<std::mutex> hold(record_.lock);
     ++record_.optimizer_steps;
   });
-  m.def("compiled() -> ()", [] {  // a trace of torch.compile
+  m.def("counts(str what) -> Dict(str, int)", [](std::string what) {
     std::lock_guard<std::mutex> hold(record_.lock);
-    record_.metrics.compiled();
+    c10::Dict<std::string, int64_t> counts;
+    for (const auto& [name, n] : record_.counts[what]) counts.insert(name, n);
+    return counts;
   });
-  m.def("end_metrics() -> ()", [] {
+  m.def("steps(str what) -> int[]", [](std::string what) {
     std::lock_guard<std::mutex> hold(record_.lock);
-    if (acquired) record_.metrics.end();
+    return what == "optimizer" ? std::vector<int64_t>{record_.optimizer_steps} : record_.steps[what];
   });
-  m.def("report() -> str", &report);
-  m.def("memory() -> int[]", [] { return std::vector<int64_t>{bytes_now, bytes_peak}; });
-  m.def("reset_peak() -> ()", [] { bytes_peak = bytes_now.load(); });
+  m.def("peak_memory() -> int", [] { return bytes_peak.load(); });
   m.def("on_cpu(Tensor t) -> Tensor", &on_cpu);
 }

@@ -3,9 +3,9 @@ import os
 
 
 def _autoload():
-    """Called inside `import torch`, as Gaudi's releases from 1.18 on have it: the op lists are read that early.
+    """`import torch` calls this, as with the plugin: it reads its mode and its lists of ops that early.
 
-    TORCH_DEVICE_BACKEND_AUTOLOAD=0 is torch's own way to prevent it. HPU_SIM_AUTOLOAD=0 simulates older releases.
+    TORCH_DEVICE_BACKEND_AUTOLOAD=0 is torch's own way to prevent it.
     """
-    if "HPU_SIM_BUILD" in os.environ and os.environ.get("HPU_SIM_AUTOLOAD", "1") == "1":
-        import habana_frameworks.torch  # noqa: F401
+    if "HPU_SIM_BUILD" in os.environ:
+        import habana_frameworks.torch.core  # noqa: F401

@@ -2,7 +2,6 @@
 
 - eps is 1e-6 by default and is added to sqrt(v) without bias correction: torch's eps is sqrt(1 - b2^t) times as large
 - the count of steps is param_groups[i]["step"]; state[p]["step"] is there too and stays 0
-- a group without "bias_correction" (one that came from torch's AdamW) is corrected
 - in lazy mode it cuts the graph itself, before each group and after the last
 - the step size (learning rate and bias correction) and 1 - weight_decay * lr are inputs of the lazy graph: a new
   learning rate or decay makes no new graph
@@ -10,33 +9,25 @@
 import math
 
 import torch
-
 from habana_frameworks.torch import core as htcore
 
 
 class FusedAdamW(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, bias_correction=True):
-        if lr < 0 or eps < 0 or not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
-            raise ValueError(f"Invalid lr {lr}, betas {betas} or eps {eps}")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-                                      bias_correction=bias_correction))
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = closure() if closure is not None else None
         for group in self.param_groups:
-            htcore._mark_step_if_lazy("FusedAdamW")
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
+            htcore.mark_step_if_lazy("FusedAdamW")
             group["step"] = group.get("step", 0) + 1
             (b1, b2), lr = group["betas"], group["lr"]
-            if group.get("bias_correction", group.get("correct_bias", True)):
+            if group["bias_correction"]:
                 lr = lr * math.sqrt(1 - b2 ** group["step"]) / (1 - b1 ** group["step"])
-            torch.ops.hpu_sim.uploaded("step")
             decay = 1 - group["weight_decay"] * group["lr"]
             rows = []
-            for p in params:
+            for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -54,6 +45,5 @@ class FusedAdamW(torch.optim.Optimizer):
                 m.mul_(b1).add_(g, alpha=1 - b1)
                 v.mul_(b2).addcmul_(g, g, value=1 - b2)
                 w.mul_(decay).addcdiv_(m, v.sqrt().add_(group["eps"]), value=-lr)
-        htcore._mark_step_if_lazy("FusedAdamW")
+        htcore.mark_step_if_lazy("FusedAdamW")
         torch.ops.hpu_sim.optimizer_step()
-        return loss

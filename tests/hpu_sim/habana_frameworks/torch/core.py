@@ -1,0 +1,106 @@
+"""Loads the simulated card, as importing the real plugin's core loads the real one.
+
+tests/hpu_sim/README.md lists the environment variables. The import works without a card and with busy cards.
+"""
+import atexit
+import ctypes
+import functools
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed
+import torch.random
+
+try:
+    _plug = ctypes.CDLL(None).hpu_sim_on
+    _library = os.path.join(os.environ["HPU_SIM_BUILD"], "libhpu_sim.so")
+except (AttributeError, KeyError):
+    raise ImportError("the simulated card needs LD_PRELOAD and HPU_SIM_BUILD from tests/hpu_sim/build.py") from None
+torch.ops.load_library(_library)
+_sim = torch.ops.hpu_sim
+_LAZY = os.environ.get("PT_HPU_LAZY_MODE", "0") != "0"  # eager by default, from release 1.21 on
+_supported = (Path(__file__).parents[2] / "supported_ops.txt").read_text().splitlines()
+_plug(ctypes.c_void_p(_sim.plug_in(_LAZY, _supported)))
+
+from habana_frameworks.torch import hpu  # noqa: E402
+
+torch._register_device_module("hpu", hpu)
+
+
+def mark_step(device_str="", sync=False):
+    """Cuts the lazy graph. In eager mode the real one does nothing."""
+    mark_step_if_lazy("mark_step")
+
+
+def mark_step_if_lazy(by):
+    if _LAZY:
+        _sim.mark(by)
+
+
+def replace_functions_of_torch():
+    """What the plugin replaces when it loads. What a script took from torch before that stays as it was."""
+    manual_seed, fork_rng, save = torch.manual_seed, torch.random.fork_rng, torch.save
+    init_process_group = torch.distributed.init_process_group
+
+    @functools.wraps(manual_seed)
+    def seed_everything(seed):
+        if not _LAZY:
+            _sim.synced("manual_seed")  # eager mode finishes the pending work first
+        hpu.random.manual_seed(seed)
+        return manual_seed(seed)
+
+    @functools.wraps(fork_rng)
+    def fork_rng_of_hpu(*args, device_type=None, **options):
+        return fork_rng(*args, device_type=device_type or "hpu", **options)
+
+    def init_without_device_id(backend=None, init_method=None, timeout=None, world_size=-1, rank=-1, store=None,
+                               group_name="", pg_options=None):
+        init_process_group(backend, init_method, timeout, world_size, rank, store, group_name, pg_options)
+
+    torch.manual_seed = seed_everything
+    torch.random.fork_rng = fork_rng_of_hpu
+    torch.distributed.init_process_group = init_without_device_id
+    if _LAZY:  # torch.load(weights_only=True) reads protocol 4 nowhere else
+        torch.save = functools.partial(save, pickle_protocol=4)
+
+
+replace_functions_of_torch()
+_lists = {name: value for name, value in os.environ.items() if name.endswith("_OPS_LIST")}
+compile_steps = []  # for each trace of torch.compile, the number of FusedAdamW steps before it
+
+
+def hpu_backend(graph, example_inputs, **_options):
+    """What torch.compile(backend="hpu_backend") calls for each trace. The graph runs as it is, op by op."""
+    compile_steps.extend(_sim.steps("optimizer"))
+    return graph.forward
+
+
+def report():
+    """What the card was asked to do up to now. The README's table names the entries."""
+    seen = {name: dict(_sim.counts(name)) for name in ("ops", "syncs", "fallbacks")}
+    seen.update({f"{name}_steps": _sim.steps(name) for name in ("graph", "layout", "sync")})
+    seen["optimizer_steps"], = _sim.steps("optimizer")
+    return {**seen, "compile_steps": compile_steps, "lists": _lists, "mode": "lazy" if _LAZY else "eager"}
+
+
+def _at_exit():
+    """The report, and the plugin's metrics file, of a process that used the card."""
+    seen = report()
+    rank = os.environ.get("RANK")
+    if not seen["ops"] and not seen["syncs"]:
+        return
+    if path := os.environ.get("HPU_SIM_REPORT"):
+        Path(path if rank is None else f"{path}.{rank}").write_text(json.dumps(seen))
+    if path := os.environ.get("PT_HPU_METRICS_FILE"):
+        path = Path(path)
+        if rank is not None:  # metrics.json -> metrics-rank0.json
+            path = path.with_stem(f"{path.stem}-rank{rank}")
+        numbers = {"graph_compilation": len(seen["graph_steps"] + seen["layout_steps"] + compile_steps),
+                   "cpu_fallback": sum(seen["fallbacks"].values())}
+        path.write_text(json.dumps([{"metric_name": name, "statistics": {"TotalNumber": n}}
+                                    for name, n in numbers.items()]))
+
+
+atexit.register(_at_exit)
