@@ -540,12 +540,6 @@ def load_generator(path=None):
     return G, sizes_of(content, path).get("latent", "normal")
 
 
-def load_discriminator(path=None):
-    """D on the CPU, from a run's folder or a checkpoint. Raises InputError."""
-    path = find_checkpoint(path)
-    return rebuild(Discriminator, "D", load_file(path), path)
-
-
 def open_generator(args):
     """(G on args.device, its kind of latents) from args.checkpoint, for the scripts."""
     device = choose_device(args.device)

@@ -1,4 +1,4 @@
-"""Draw pictures from a trained generator, score them, and examine what the networks have learned.
+"""Draw pictures from a trained generator, score them, and examine what it has learned.
 
     python sample.py                                  # samples.png: seeds 0-63 of the newest run
     python sample.py --n 400 --out streets.html       # a page to look through, without a network
@@ -8,7 +8,6 @@
     python sample.py --score packs/streets            # score and coverage, against held-out images
     python sample.py --arithmetic "3,8,21 - 5,9,30 + 2,14,40"
     python sample.py --nearest packs/streets          # does G copy training images?
-    python sample.py --features packs/streets         # can D's features tell cities apart?
 
 --checkpoint takes a run's folder, a file in it, or a netG_*.pth of pytorch/examples.
 Sections in this file are those of the DCGAN paper: Radford, Metz, Chintala 2015,
@@ -19,7 +18,6 @@ Copyright (c) 2026 the authors of this repository
 """
 import argparse
 import base64
-import csv
 import io
 import math
 import os
@@ -32,8 +30,7 @@ if __name__ == "__main__":  # torch reads these when it is imported
     # Gaudi's plugin is loaded by choose_device, after its own variables are set.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     # Threads that wait soon sleep. Threads that spin lose their time to any other program.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +38,11 @@ from PIL import Image
 
 from model import (
     DEVICES,
-    Discriminator,
     InputError,
     Score,
-    features,
     file_path,
-    init_weights,
     join,
     latents,
-    load_discriminator,
     open_generator,
     render,
     run_script,
@@ -60,7 +53,7 @@ from model import (
     to_grey_levels,
     write_file,
 )
-from prepare_data import TEXT, open_pack, progress
+from prepare_data import open_pack, progress
 
 
 # ---- one file with all pictures ------------------------------------------------------------------
@@ -248,7 +241,7 @@ PAGE = """\
 """
 
 
-# ---- what the networks have learned --------------------------------------------------------------
+# ---- the score -----------------------------------------------------------------------------------
 def open_matching_pack(folder, network):
     """The Pack in a folder. Raises InputError if it does not suit the network."""
     pack = open_pack(folder)
@@ -377,68 +370,6 @@ def cut_all(images, side, step):
     return windows.permute(0, 2, 3, 1, 4, 5)
 
 
-# ---- D's features (section 5) --------------------------------------------------------------------
-def print_features(args):
-    """How often a linear classifier on D's features names a held-out frame's city correctly.
-
-    Two baselines stand beside it: always the largest city, and the features of an untrained D.
-    The CPU computes all of it.
-    """
-    D = load_discriminator(args.checkpoint)
-    pack = open_matching_pack(args.features, D)
-    step = math.ceil(len(pack.train) / 10_000)  # for all of MSLS, X Xᵀ would take terabytes
-    y, y_held = (cities[::step] for cities in read_cities(pack))
-
-    say(f"Cities named correctly, of {len(y_held):,} held-out frames:")
-    say(f"the largest city    {(y_held == y.mode().values).float().mean():8.1%}")
-    networks = {"an untrained D": untrained_copy(D), "D": D}
-    for name, network in networks.items():
-        X = window_features(network, pack.train[::step])
-        X_held = window_features(network, pack.holdout[::step])
-        guess = classify(X, y, X_held)
-        say(f"{name:<20}{(y_held == guess).float().mean():8.1%}")
-
-
-def read_cities(pack):
-    """The frames' cities as numbers: int64 (N,) for training frames, (M,) for held-out frames."""
-    with open(pack.folder / "index.csv", **TEXT) as file:
-        rows = [(row["split"], row["city"]) for row in csv.DictReader(file)]
-    names = sorted({city for _, city in rows})
-    return [torch.tensor([names.index(city) for split, city in rows if split == wanted])
-            for wanted in ("train", "holdout")]
-
-
-def untrained_copy(D):
-    """A discriminator of D's size with new weights, always the same."""
-    first = D.main[0]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # on the CPU alone
-        D = Discriminator(D.image_size, first.out_channels, kernel_size=first.kernel_size[0])
-        return D.apply(init_weights).eval().requires_grad_(False)
-
-
-def window_features(D, frames):
-    """D's features of a window of each frame: (frames, 16 · channels)."""
-    windows = spread_windows(frames, len(frames), D.image_size)
-    return torch.cat([features(D.main, images) for images in windows])
-
-
-def classify(X, y, X_held):
-    """The classes (m,) of features X_held (m, d), by ridge regression.
-
-    X (n, d) are features with known classes y (n,). The penalty is the mean of |x|². A third or
-    three times of it changed the accuracy by 2 points at most.
-    """
-    var, mean = torch.var_mean(X, 0)
-    X = F.batch_norm(X, mean, var)
-    X_held = F.batch_norm(X_held, mean, var)
-
-    gram = X @ X.T  # the dual form, because d is larger than n in most packs
-    penalty = gram.diagonal().mean() * torch.eye(len(X))
-    A = torch.linalg.solve(gram + penalty, F.one_hot(y).float())  # (n, classes)
-    return (X_held @ X.T @ A).argmax(1)
-
-
 # ---- the command line ----------------------------------------------------------------------------
 def first_seeds(text):
     """An argparse type: "3" → [0, 1, 2]."""
@@ -484,8 +415,6 @@ def parse_args(argv=None):
         help="add and subtract the means of seeds: '3,8 - 5,9 + 2'")
     add("--nearest", type=file_path, metavar="PACK",
         help="draw each seed beside the most similar part of a training frame")
-    add("--features", type=file_path, metavar="PACK",
-        help="print how well D's features predict the cities of this pack (on the CPU)")
     args = parser.parse_args(argv)
 
     args.seeds = list(dict.fromkeys(args.seeds or range(64)))  # each once
@@ -496,8 +425,6 @@ def main(argv=None):
     args = parse_args(argv)
     if args.real:
         save_real(args)
-    elif args.features:
-        print_features(args)
     else:
         G, latent = open_generator(args)
         z = latents(args.seeds, G.nz, latent)

@@ -36,8 +36,7 @@ if __name__ == "__main__":  # these are read when torch is imported
     # Gaudi's plugin is loaded by choose_device, after its own variables are set.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     # Threads that wait soon sleep. Threads that spin lose their time to any other program.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ from model import (  # isort: skip
     Score, choose_device, cut_windows, file_path, find_checkpoint, init_weights, join, latents,
     load_file, on_signals, one_line, rebuild, render, run_script, save_image, say, sizes_of,
     warn, write_file)
-from prepare_data import find_pack, open_pack
+from prepare_data import data_name, find_pack, open_pack
 
 
 # ---- the networks and a training step ------------------------------------------------------------
@@ -373,12 +372,11 @@ def find_run(typed):
 
 def default_out(typed):
     """runs/<name of the data, without its size>-<image size>."""
-    data = typed.get("data", Path("demo")).resolve()
+    data = typed.get("data")
     size = typed.get("image_size", PRESETS.get(typed.get("preset"), NAIVE)["image_size"])
-    if (data / "pack.json").exists():
+    if Path(data or "", "pack.json").exists():
         size = open_pack(data).image_size
-    name = data.stem if data.is_file() else data.name
-    return Path("runs", f"{name.removesuffix(f'-{size}')}-{size}")
+    return Path("runs", f"{data_name(data).removesuffix(f'-{size}')}-{size}")
 
 
 def load_run(out):
@@ -553,9 +551,8 @@ def set_up_device(args, local_rank=None):
 
     if args.precision != "auto":
         device.precision = args.precision
-    if device.kind != "cuda" and (args.graph or device.precision == "fp16"):
-        raise InputError("--graph and --precision fp16 are for NVIDIA GPUs: "
-                         "use --no-graph --precision auto")
+    if args.graph and device.kind != "cuda":
+        raise InputError("--graph is for NVIDIA GPUs: use --no-graph")
     if device.kind != "hpu" and (args.bf16_ops or args.fp32_ops):
         say("--bf16-ops and --fp32-ops are for hpu: here torch.autocast's own rules apply")
     return device
