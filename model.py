@@ -618,8 +618,8 @@ def seed_list(text):
     for span in text.split(","):
         first, _, last = span.partition("-")
         these = range(int(first), int(last or first) + 1)
-        if not these:
-            raise ArgumentTypeError(f"{span} has no seeds: write 7,40 or 0-63,100")
+        if not 0 < len(these) <= 10_000_000:
+            raise ArgumentTypeError(f"{span}: from 1 to 10,000,000 seeds, such as 7,40 or 0-63,100")
         seeds += these
     return seeds
 

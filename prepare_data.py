@@ -876,24 +876,24 @@ def parse_args(argv=None):
              "(default: panorama)")
     add("--group-by", choices=("photo", "folder"), default="photo",
         help="what is held out as a whole, of images without a sequence of MSLS (default: photo)")
-    numbers = {  # option: type, default, least, help
-        "holdout": (float, 0.25, 0, "share of groups to hold out for scoring (default: 0.25)"),
-        "limit": (int, None, 1, "stop after N images, of random groups (default: all)"),
-        "duplicates": (int, 4, 0, "leave out an image if its 64-bit hash is within N bits of the "
-                                  "one before in its sequence, or of any other photograph; "
-                                  "0 keeps all (default: 4)"),
-        "seed": (int, 0, 0, "seed of the order and of drawn streets (default: 0)"),
-        "workers": (int, os.cpu_count(), 1, "threads (default: one per core)"),
-        "demo": (int, None, 1, "draw N frames of streets, without SOURCE (default: off)"),
+    numbers = {  # option: type, default, least, most, help
+        "holdout": (float, 0.25, 0, 0.9, "share of groups to hold out for scoring (default: 0.25)"),
+        "limit": (int, None, 1, 1e9, "stop after N images, of random groups (default: all)"),
+        "duplicates": (int, 4, 0, 64, "leave out an image if its 64-bit hash is within N bits of "
+                                      "the one before in its sequence, or of any other photograph; "
+                                      "0 keeps all (default: 4)"),
+        "seed": (int, 0, 0, 1e9, "seed of the order and of drawn streets (default: 0)"),
+        "workers": (int, os.cpu_count(), 1, 1000, "threads (default: one per core)"),
+        "demo": (int, None, 1, 1e7, "draw N frames of streets, without SOURCE (default: off)"),
     }
-    for name, (kind, default, _, text) in numbers.items():
+    for name, (kind, default, _, _, text) in numbers.items():
         add(f"--{name}", type=kind, default=default, metavar="N", help=text)
     args = parser.parse_intermixed_args(argv)
 
-    for name, (_, _, least, _) in numbers.items():
+    for name, (_, _, least, most, _) in numbers.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:  # not a number fails too
-            parser.error(f"--{name} {value}: choose {least} or more")
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name} {value}: choose from {least} to {most:g}")
     if not set(args.exclude) <= set(FLAGS):
         parser.error(f"--exclude: choose from {', '.join(FLAGS)}")
     if (args.demo is None) == (not args.sources):

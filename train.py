@@ -360,13 +360,17 @@ def find_run(typed):
                 raise InputError(f"{flag(name)} {typed[name]}: {path} has {size}. Leave it out")
 
     out = typed.setdefault("out", default_out(typed))
-    if (out / "checkpoint.pt").exists() or (out / "best.pt").exists():
+    if (out / "checkpoint.pt").exists():
         if "resume" not in typed:
             raise InputError(f"{out} holds a run: continue it with --resume. For a new run, or "
                              "for other images, name another folder with --out")
         return load_run(out)
     if "resume" in typed and "data" not in typed:
         find_checkpoint(out)  # raises an error that names the runs
+    for path in out.glob("*"):
+        # A start that was killed leaves these. It can be repeated.
+        if not path.name.startswith(("events.", "samples", "scores.csv", "checkpoint.pt.tmp")):
+            raise InputError(f"--out {out} has other files, such as {path.name}: name a new folder")
     return {}
 
 

@@ -3,12 +3,9 @@
     TEST_GPU_DEVICE=cpu python -m pytest tests/test_gpu.py
 
 The first tests are the most important ones. A test of more than 120 s on a GPU fails. After
-TEST_GPU_MINUTES (default: 6) the tests that are left are skipped, so that bench.py --gpu has its
-part of a quarter of an hour.
+TEST_GPU_MINUTES (default: 9) the tests that are left are skipped.
 """
 import faulthandler
-import gzip
-import json
 import os
 import re
 import signal
@@ -17,15 +14,11 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import pytest
-from helpers import ROOT, TINY, command, new_process, run
-
-sys.path.insert(0, str(ROOT))
-
 import torch
+from helpers import ROOT, TINY, Training, command, make_pack, new_process, run, torchrun
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +29,7 @@ import train
 DEVICE = os.environ.get("TEST_GPU_DEVICE", "cuda")
 GPUS = torch.cuda.device_count()
 LIMIT = 120 if DEVICE == "cuda" else 600  # seconds of a test
-MINUTES = float(os.environ.get("TEST_GPU_MINUTES", 6))
+MINUTES = float(os.environ.get("TEST_GPU_MINUTES", 9))
 pytestmark = pytest.mark.skipif(
     DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -51,19 +44,9 @@ if DEVICE == "cuda":
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory):
-    """A pack of 288 drawn streets for images of 32×32, with enough held out for a score."""
-    folder = tmp_path_factory.mktemp("packs") / "streets"
-    run("prepare_data.py", "--demo", 288, "--image-size", 32, "--holdout", 0.4, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def trained(pack, tmp_path_factory):
-    """A finished run of tiny networks on the CPU."""
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    words = *TINY, "--preset", "naive-64", "--device", "cpu", "--data", pack, "--out", out
-    run("train.py", *words, "--epochs", 2)
-    return out
+    """A pack of noise for images of 32×32: 172 frames to train on, and enough held out for a score."""
+    frames = np.random.default_rng(0).integers(0, 256, (288, 40, 54, 3), np.uint8)
+    return make_pack(tmp_path_factory.mktemp("packs") / "noise-32", frames[:172], frames[172:])
 
 
 @pytest.fixture(scope="session")
@@ -101,12 +84,12 @@ def same_state_for_each_test(monkeypatch):
 
 # ---- helpers -------------------------------------------------------------------------------------
 def arguments(*words):
-    """train.py's arguments. Without a GPU that can do as they say, the test is skipped."""
+    """train.py's options. Without a GPU that can do as they say, the test is skipped."""
     if DEVICE == "cpu" and ("--graph" in words or "fp16" in words):
         pytest.skip("needs an NVIDIA GPU")
     if DEVICE == "cuda" and "bf16" in words and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs a GPU with bf16")
-    return train.parse_args([*SMALL, *map(str, words)])
+    return train.look_up(train.parse_args([*SMALL, *map(str, words)]))
 
 
 def make_step(args):
@@ -133,9 +116,10 @@ def train_steps(pack, args, first, last, saved=None, seed=0, between=None):
         dcgan.load_state_dict(saved)
     frames = prepare_data.open_pack(pack).train
     stream = train.batches(frames, args.batch_size, (seed, 0), first, pin=dcgan.device.pin)
-    feed = train.Feed(stream, dcgan.device)
+    feed = train.Feed(train.read_ahead(stream, 4), dcgan.device)
     stats = []
-    for number, batch in enumerate(islice(feed, last - first), first):
+    for number in range(first, last):
+        batch = next(feed)
         train.seed_step(dcgan.device, seed, 0, number)
         stats.append(torch.stack(list(step(batch).values())))
         if between and number % 5 == 4:
@@ -159,8 +143,9 @@ def test_a_step_on_the_gpu_equals_one_on_the_cpu(monkeypatch):
     z = model.latents(range(16), 100)
     stats = []
     for device in (DEVICE, "cpu"):
-        args = train.parse_args(
-            ["--preset", "naive-64", "--precision", "fp32", "--device", device])
+        # Adam amplifies rounding: with lr 2e-4 three steps can differ by more than 1e-3.
+        words = ["--preset", "naive-64", "--precision", "fp32", "--device", device, "--lr", "2e-5"]
+        args = train.look_up(train.parse_args(words))
         dcgan, step = make_step(args)
         with monkeypatch.context() as patch:  # the devices draw other latents from one seed
             patch.setattr(torch.Tensor, "normal_", lambda tensor: tensor.copy_(z))
@@ -170,14 +155,20 @@ def test_a_step_on_the_gpu_equals_one_on_the_cpu(monkeypatch):
     torch.testing.assert_close(*stats, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("mode", [[], GRAPH, BOTH], ids=" ".join)
-def test_train_py_trains_saves_and_continues(mode, pack, tmp_path):
+@pytest.mark.parametrize("mode", [[], BOTH], ids=" ".join)
+def test_train_py_stops_on_sigterm_with_a_checkpoint_and_continues(mode, pack, tmp_path):
     arguments(*mode)
     words = *SMALL, *mode, "--data", pack, "--out", tmp_path / "run", "--log-seconds", 0
-    first = run("train.py", *words, "--epochs", 2)
-    assert f"on 1 × {DEVICE}" in first.stdout and "finished at image" in first.stdout
-    second = run("train.py", *words, "--epochs", 4, "--resume")
-    assert "score" in second.stdout and "finished at image" in second.stdout
+    python, *script = command("train.py", *words, "--epochs", 10 ** 6)
+    with Training([python, "-u", *script]) as training:  # not a fork
+        training.until(r"\[\d+/\d+\]\[20/")
+        training.process.send_signal(signal.SIGTERM)
+        assert training.end() == 143
+    assert f"1 × {DEVICE}" in training.text
+    images = model.load_file(tmp_path / "run" / "checkpoint.pt")["images"]
+    assert images >= 20 * 32
+    done = run("train.py", *words, "--resume", "--epochs", images // 160 + 2)
+    assert f"{images:,}" in done.stdout and "score" in done.stdout and "finished" in done.stdout
 
 
 class NoWaiting(TorchDispatchMode):
@@ -228,7 +219,7 @@ def test_each_preset_fits_into_the_memory(preset, mode, capsys):
     """Prints its peak, with the preset's batch size and precision auto."""
     arguments(*mode)
     small = ["--batch-size", "4", "--ngf", "4", "--ndf", "4"] if DEVICE == "cpu" else []
-    args = train.parse_args(["--preset", preset, "--device", DEVICE, *small, *mode])
+    args = train.look_up(train.parse_args(["--preset", preset, "--device", DEVICE, *small, *mode]))
     dcgan, step = make_step(args)
     frames = make_frames(args)
     if DEVICE == "cuda":
@@ -289,21 +280,18 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(mode, precision, pack)
 
 
 @pytest.mark.parametrize("mode", [[], GRAPH, BOTH], ids=" ".join)
-def test_samples_and_scores_between_steps_change_nothing(mode, pack):
+def test_samples_between_steps_change_nothing(mode, pack):
     args = arguments("--precision", "fp32", *mode)
-    holdout = prepare_data.open_pack(pack).holdout
-    numbers = []
+    spreads = []
 
     def look(dcgan):
-        G = dcgan.sampler()
-        images = G(model.latents(range(16), args.nz).to(DEVICE))
-        numbers.append((dcgan.d_held_out(holdout), images.std().item()))
+        images = dcgan.sampler()(model.latents(range(16), args.nz).to(DEVICE))
+        spreads.append(images.std().item())
 
-    dcgan, stats = train_steps(pack, args, 0, 25, between=look)
+    _, stats = train_steps(pack, args, 0, 25, between=look)
     _, expected = train_steps(pack, args, 0, 25)
     assert (stats - expected).abs().mean() < 1e-3
-    assert len(numbers) == 5 and np.isfinite(numbers).all()
-    assert len({held_out for held_out, _ in numbers}) == 5, "they look at the weights of this step"
+    assert len(set(spreads)) == 5 and np.isfinite(spreads).all(), "they look at the weights of this step"
 
 
 @pytest.mark.parametrize("mode", [[], GRAPH], ids=" ".join)
@@ -341,7 +329,7 @@ import sys
 import torch
 import torch.distributed as dist
 import train
-args = train.parse_args(sys.argv[1:])
+args = train.look_up(train.parse_args(sys.argv[1:]))
 device = train.set_up_device(args)
 dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1)
 dcgan = train.DCGAN(args, device, world=2)  # it adds up the gradients of all processes: one
@@ -375,29 +363,9 @@ def test_out_of_memory_is_one_line(pack, tmp_path):
         used = torch.empty(free - (1 << 30), dtype=torch.uint8, device=DEVICE)
     words = *SMALL, "--ngf", width, "--ndf", width, "--data", pack, "--out", tmp_path / "run"
     line = run("train.py", *words, status=2).stderr.splitlines()[-1]
-    assert line.startswith("error: out of memory: choose a smaller --batch-size")
-    assert ("CUDA" if DEVICE == "cuda" else "allocate memory") in line
+    assert "out of memory" in line and "--batch-size" in line
     if DEVICE == "cuda":
         del used
-
-
-@pytest.mark.parametrize("mode", [[], GRAPH], ids=" ".join)
-def test_sigterm_ends_a_run_with_a_checkpoint_which_resumes(mode, pack, tmp_path):
-    arguments(*mode)
-    words = *SMALL, *mode, "--data", pack, "--out", tmp_path / "run", "--log-seconds", 0
-    endless = command("train.py", *words, "--epochs", 10 ** 6)
-    process = subprocess.Popen(endless, stdout=subprocess.PIPE, text=True)
-    try:
-        while not re.match(r"\[\d+/\d+]\[20/", line := process.stdout.readline()):
-            assert line, f"the run has ended with status {process.wait()}"
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-    images = model.load_file(tmp_path / "run" / "checkpoint.pt")["images"]
-    assert process.returncode == 143 and images >= 20 * 32
-    done = run("train.py", *words, "--resume", "--epochs", images // 64 + 2)
-    assert f"image {images:,} of" in done.stdout and "finished at image" in done.stdout
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and GPUS < 2, reason="needs two GPUs")
@@ -405,29 +373,28 @@ def test_sigterm_ends_a_run_with_a_checkpoint_which_resumes(mode, pack, tmp_path
 def test_two_processes_train_and_end(mode, pack, tmp_path):
     arguments(*mode)
     words = *SMALL, *mode, "--data", pack, "--out", tmp_path / "run", "--epochs", 20
-    python, *script = command("train.py", *words)
-    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, *script], capture_output=True, text=True, timeout=110)
+    done = subprocess.run(torchrun("train.py", *words), capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"on 2 × {DEVICE}" in done.stdout and "finished at image" in done.stdout
+    assert f"2 × {DEVICE}" in done.stdout and "finished" in done.stdout
     saved = model.load_file(tmp_path / "run" / "checkpoint.pt")
     assert saved["images"] == saved["step"] * 64 and saved["step"] >= 20
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and GPUS > 1, reason="is for one GPU")
 def test_more_processes_than_gpus_are_one_line(pack, tmp_path):
+    """Also with --device auto: a rank that took the CPU would let the others wait for half an hour."""
     if DEVICE == "cpu":
         pytest.skip("needs an NVIDIA GPU")
-    env = dict(RANK="0", LOCAL_RANK="1", WORLD_SIZE="2")
-    words = *SMALL, "--data", pack, "--out", tmp_path / "run"
-    process = new_process(command("train.py", *words), env={**os.environ, **env})
-    _, stderr = process.communicate(timeout=100)
-    line = stderr.splitlines()[-1]
-    assert process.returncode == 2 and "invalid device ordinal" in line, stderr
+    env = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29555")
+    words = *SMALL, "--device", "auto", "--data", pack, "--out", tmp_path / "run"
+    line = run("train.py", *words, env=env, status=2, timeout=100).stderr.splitlines()[-1]
+    assert "invalid device ordinal" in line
 
 
 # ---- pictures, and the benchmark -----------------------------------------------------------------
-def test_pictures_and_scores_are_those_of_the_cpu(trained, pack, tmp_path):
+def test_pictures_and_scores_are_those_of_the_cpu(pack, tmp_path):
+    trained = tmp_path / "run"
+    run("train.py", *TINY, "--device", "cpu", "--data", pack, "--out", trained, "--epochs", 1)
     pictures = []
     scores = []
     for device in (DEVICE, "cpu"):
@@ -444,28 +411,11 @@ def test_pictures_and_scores_are_those_of_the_cpu(trained, pack, tmp_path):
     assert len(scores[0]) > 1 and scores[0] == pytest.approx(scores[1], rel=0.02, abs=0.02)
 
 
-@pytest.mark.parametrize("mode", ["plain", "graph"])
-def test_a_benchmark_prints_figures_and_a_profile_of_the_kernels(mode, pack, tmp_path):
-    arguments(*(GRAPH if mode == "graph" else []))
-    file = tmp_path / "trace.json.gz"
-    words = *SMALL, "--data", pack, "--step", 0.3, "--modes", mode, "--trace", file
-    done = run("tests/bench.py", *words, popen=new_process)
-    assert f"| naive-64 | {mode} |" in done.stdout
+def test_a_benchmark_prints_figures_and_a_profile_of_the_kernels(pack, tmp_path):
+    mode = GRAPH if DEVICE == "cuda" else []
+    file = tmp_path / "trace.json"
+    done = run("tests/bench.py", *SMALL, *mode, "--data", pack, "--step", 0.3, "--trace", file, popen=new_process)
+    assert f"| naive-64 | {'graph' if mode else 'plain'} |" in done.stdout
     first_kernel = done.stdout.partition("| kernel |")[2].splitlines()[2]
-    events = json.loads(gzip.open(file).read())["traceEvents"]
-    kernels = {event["name"] for event in events if event.get("cat") == "kernel"}
-    if DEVICE == "cuda":
-        assert kernels and "aten::" not in first_kernel
-    else:
-        assert "aten::" in first_kernel
-
-
-def test_a_benchmark_prints_the_rates_of_what_surrounds_a_step(pack):
-    import bench
-    parts = dict(bench.measure_parts(0.2, [*SMALL, "--data", str(pack)]))
-    expected = ["reading", "gathering", "both", "batches", "seeding", "networks", "a sampler",
-                "preparing", "a score"]
-    if DEVICE == "cuda":
-        expected += ["allocating", "uploading"]
-    for what in expected:
-        assert any(part.startswith(what) for part in parts), what
+    assert ("aten::" in first_kernel) == (DEVICE == "cpu")
+    assert file.stat().st_size > 10_000

@@ -351,7 +351,7 @@ MISTAKES = {  # {words: what the line names}
     "--data nowhere": ["nowhere"],
     "--data 'a file'": ["a file"],
     "--data other": ["other"],
-    "--data runs/mine": ["runs/mine", "run"],
+    "--data runs/mine": ["runs/mine"],
     "--data ''": ["--data", "empty"],
     "--out ''": ["--out", "empty"],
     "--data 'red\x1b[31mname'": ["red", "name"],
@@ -364,7 +364,6 @@ MISTAKES = {  # {words: what the line names}
     TINY_PACK + "--preset naive": ["--preset", "naive-64"],
     TINY_PACK + "--sed 4": ["--sed"],
     TINY_PACK + "--graph": ["--graph"],
-    TINY_PACK + "--precision fp16": ["fp16"],
     TINY_PACK + "--device hpu": ["habana_frameworks", "--device cpu"],
     TINY_PACK + "--fp32-ops missing.txt": ["missing.txt"],
     "--device hpu --data pack --bf16-ops crlf.txt": ["crlf.txt", "line ends"],
@@ -381,7 +380,7 @@ MISTAKES = {  # {words: what the line names}
 
 
 def tree(folder):
-    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
 
 
 @pytest.mark.parametrize("words", MISTAKES)
@@ -433,11 +432,11 @@ def test_a_main_that_is_called_in_a_thread_trains(pack, tmp_path):
     assert content(tmp_path / "run/checkpoint.pt")["images"] == 128
 
 
-@pytest.mark.parametrize("own, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+@pytest.mark.parametrize("own, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "interpolate.py"])
 def test_waiting_threads_sleep_unless_the_user_has_set_it(script, own, expected, tmp_path):
     """The variable is read when torch is imported. This torch ends the process."""
     (tmp_path / "torch.py").write_text("import os\nprint(os.environ.get('GOMP_SPINCOUNT'), flush=True)\nos._exit(0)\n")
-    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run(command(script, "--help"), env={**env, **own, "PYTHONPATH": str(tmp_path)}, capture_output=True)
     assert done.stdout.decode().strip() == expected, done.stderr

@@ -273,7 +273,7 @@ def try_all_places(folder, pack, every):
     reference, log, wrong = folder / "reference", folder / "log", {}
     assert in_a_child(words, reference, log) == 0
     names = json.loads(log.read_text())
-    places = [i for i, name in enumerate(names, 1) if every or i % 12 == 1 or re.match("replace .*pt", name)]
+    places = [i for i, name in enumerate(names, 1) if every or i % 7 == 1 or re.match("replace .*pt", name)]
     for place, fail in [(place, fail) for place in places for fail in ((False, True) if every else (False,))]:
         out = folder / f"{place}{fail}"
         statuses = [in_a_child(words, out, log, place, fail)]
@@ -343,8 +343,8 @@ def test_names_that_the_output_cannot_encode_are_printed_as_escapes(pack, tmp_pa
     assert content(tmp_path / "Улица/checkpoint.pt")["step"] == 8
 
 
-@pytest.mark.parametrize("change", ["os.rename(OUT, OUT + ' renamed')", "shutil.rmtree(OUT)", "shutil.rmtree(OUT + '/samples')"])
-def test_a_run_whose_folder_is_renamed_or_deleted_leaves_all_that_a_resume_needs(change, pack, trained, tmp_path):
+@pytest.mark.parametrize("change", ["os.rename(OUT, OUT + ' renamed')", "shutil.rmtree(OUT + '/samples')"])
+def test_a_run_whose_folder_is_renamed_while_it_trains_leaves_all_that_a_resume_needs(change, pack, trained, tmp_path):
     out = tmp_path / "run"
     words = [*CPU, "--data", pack, "--epochs", 2, "--save-minutes", 0, "--out", out]
     run("train.py", *words, first=at({3: [change.replace("OUT", repr(str(out)))], 6: stop_lines("SIGTERM")}), status=143, traces=True)
