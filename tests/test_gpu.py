@@ -20,7 +20,6 @@ import pytest
 import torch
 from helpers import ROOT, TINY, Training, command, make_pack, new_process, run, torchrun
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import prepare_data
@@ -30,14 +29,20 @@ DEVICE = os.environ.get("TEST_GPU_DEVICE", "cuda")
 GPUS = torch.cuda.device_count()
 LIMIT = 120 if DEVICE == "cuda" else 600  # seconds of a test
 MINUTES = float(os.environ.get("TEST_GPU_MINUTES", 9))
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
-SMALL = ("--preset naive-64 --image-size 32 --nz 32 --ngf 16 --ndf 16 --batch-size 32 "
-         f"--device {DEVICE}").split()
-GRAPH = ["--graph"]
-COMPILE = ["--compile"]
-BOTH = ["--graph", "--compile"]
+SMALL = f"--preset naive-64 --image-size 32 --nz 32 --ngf 16 --ndf 16 --batch-size 32 --device {DEVICE}".split()
+GRAPH, COMPILE, BOTH = ["--graph"], ["--compile"], ["--graph", "--compile"]
+
+
+def modes(*modes):
+    return pytest.mark.parametrize("mode", modes, ids=" ".join)
+
+
+def modes_and_precisions(*pairs):
+    return pytest.mark.parametrize("mode, precision", pairs, ids=[" ".join([*mode, name]) for mode, name in pairs])
+
+
 if DEVICE == "cuda":
     run = partial(run, popen=new_process)  # nobody has tried CUDA in a fork
 
@@ -127,10 +132,6 @@ def train_steps(pack, args, first, last, saved=None, seed=0, between=None):
     return dcgan, torch.stack(stats).cpu()
 
 
-def weights_of(dcgan):
-    return [weight.detach().clone() for weight in (*dcgan.G.parameters(), *dcgan.D.parameters())]
-
-
 # ---- smoke tests ---------------------------------------------------------------------------------
 def test_a_step_on_the_gpu_equals_one_on_the_cpu(monkeypatch):
     cut = train.cut_windows
@@ -155,7 +156,7 @@ def test_a_step_on_the_gpu_equals_one_on_the_cpu(monkeypatch):
     torch.testing.assert_close(*stats, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("mode", [[], BOTH], ids=" ".join)
+@modes([], BOTH)
 def test_train_py_stops_on_sigterm_with_a_checkpoint_and_continues(mode, pack, tmp_path):
     arguments(*mode)
     words = *SMALL, *mode, "--data", pack, "--out", tmp_path / "run", "--log-seconds", 0
@@ -171,29 +172,20 @@ def test_train_py_stops_on_sigterm_with_a_checkpoint_and_continues(mode, pack, t
     assert f"{images:,}" in done.stdout and "score" in done.stdout and "finished" in done.stdout
 
 
-class NoWaiting(TorchDispatchMode):
-    """What set_sync_debug_mode does on a GPU: an error where the host asks for a value."""
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        assert op.overloadpacket is not torch.ops.aten._local_scalar_dense, "it waits"
-        return op(*args, **(kwargs or {}))
-
-
 @contextmanager
 def no_waiting():
-    if DEVICE != "cuda":
-        with NoWaiting():
-            yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
+    """Where the host waits for the GPU, torch raises an error. A CPU has nothing to wait for."""
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("mode", [[], GRAPH], ids=" ".join)
+@modes([], GRAPH)
 def test_a_step_makes_no_hidden_wait_for_the_gpu(mode, precision):
     noisy = "--augment", "--mirror", "--instance-noise", 0.05
     args = arguments("--precision", precision, *noisy, *mode)
@@ -208,12 +200,7 @@ def test_a_step_makes_no_hidden_wait_for_the_gpu(mode, precision):
     assert all(value.isfinite() for value in stats.values())
 
 
-def test_no_hidden_wait_is_found_by_a_test_that_cannot_fail():
-    with pytest.raises((RuntimeError, AssertionError)), no_waiting():
-        torch.ones(2, device=DEVICE).sum().item()
-
-
-@pytest.mark.parametrize("mode", [[], GRAPH], ids=" ".join)
+@modes([], GRAPH)
 @pytest.mark.parametrize("preset", model.PRESETS)
 def test_each_preset_fits_into_the_memory(preset, mode, capsys):
     """Prints its peak, with the preset's batch size and precision auto."""
@@ -230,15 +217,11 @@ def test_each_preset_fits_into_the_memory(preset, mode, capsys):
     dcgan.sampler()
     peak = dcgan.device.peak_memory
     with capsys.disabled():
-        print(f"\n{preset} {' '.join(mode)}, batch {args.batch_size}, {dcgan.device.precision}: "
-              f"{peak() / 1e9 if peak else 0:.2f} GB")
+        print(f"\n{preset} {' '.join(mode)}, {dcgan.device.precision}: {peak() / 1e9 if peak else 0:.2f} GB")
 
 
 # ---- graphs and compiling: the numbers of a plain step -------------------------------------------
-@pytest.mark.parametrize("mode, precision", [
-    (GRAPH, "fp32"), (GRAPH, "bf16"), (GRAPH, "fp16"),
-    (COMPILE, "fp32"), (BOTH, "bf16"), (BOTH, "fp16"),
-], ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@modes_and_precisions((GRAPH, "fp32"), (GRAPH, "bf16"), (GRAPH, "fp16"), (COMPILE, "fp32"), (BOTH, "bf16"))
 def test_50_steps_are_those_of_a_plainer_mode(mode, precision, pack):
     """--graph against no graph, --compile against eager, up to rounding, which grows in 50 steps.
 
@@ -251,22 +234,14 @@ def test_50_steps_are_those_of_a_plainer_mode(mode, precision, pack):
     _, expected = train_steps(pack, arguments(*words, *plainer), 0, 50)
     _, other = train_steps(pack, arguments(*words), 0, 50, seed=1)
 
-    def difference(a, b, steps):
-        return (a[steps] - b[steps]).abs().mean().item()
-
-    early, late = slice(10), slice(10, 50)
-    first = difference(stats, expected, early)
-    later = difference(stats, expected, late)
-    seeds = difference(other, expected, late)
-    print(f"{mode} {precision}: mean difference {first:.2g} in ten steps, {later:.2g} later, "
-          f"other seed {seeds:.2g}")
+    first = (stats - expected)[:10].abs().mean()
+    later, seeds = (stats - expected)[10:].abs().mean(), (other - expected)[10:].abs().mean()
+    print(f"{mode} {precision}: mean difference {first:.2g} in ten steps, {later:.2g} later, other seed {seeds:.2g}")
     assert first < (1e-3 if precision == "fp32" else 3e-3)
     assert later < seeds / (10 if "--graph" in mode else 4)
 
 
-@pytest.mark.parametrize("mode, precision", [
-    ([], "fp32"), ([], "fp16"), (GRAPH, "fp32"), (GRAPH, "bf16"), (GRAPH, "fp16"), (BOTH, "bf16"),
-], ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@modes_and_precisions(([], "fp32"), ([], "fp16"), (GRAPH, "fp32"), (GRAPH, "bf16"), (GRAPH, "fp16"), (BOTH, "bf16"))
 def test_a_resumed_run_continues_as_the_uninterrupted_one(mode, precision, pack):
     args = arguments("--precision", precision, *mode)
     _, whole = train_steps(pack, args, 0, 20)
@@ -274,12 +249,11 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(mode, precision, pack)
     _, after = train_steps(pack, args, 10, 20, dcgan.state_dict())
     noise = (before - whole[:10]).abs().mean()
     difference = (after - whole[10:]).abs().mean()
-    print(f"{mode} {precision}: mean difference {noise:.2g} of two runs, {difference:.2g} after "
-          "resuming")
+    print(f"{mode} {precision}: mean difference {noise:.2g} of two runs, {difference:.2g} after resuming")
     assert difference < 0.005, "one without Adam's moments differs by 0.06, a step off by 0.03"
 
 
-@pytest.mark.parametrize("mode", [[], GRAPH, BOTH], ids=" ".join)
+@modes([], GRAPH, BOTH)
 def test_samples_between_steps_change_nothing(mode, pack):
     args = arguments("--precision", "fp32", *mode)
     spreads = []
@@ -292,22 +266,6 @@ def test_samples_between_steps_change_nothing(mode, pack):
     _, expected = train_steps(pack, args, 0, 25)
     assert (stats - expected).abs().mean() < 1e-3
     assert len(set(spreads)) == 5 and np.isfinite(spreads).all(), "they look at the weights of this step"
-
-
-@pytest.mark.parametrize("mode", [[], GRAPH], ids=" ".join)
-def test_a_step_that_overflows_changes_the_scale_and_no_weight(mode):
-    args = arguments("--precision", "fp16" if DEVICE == "cuda" else "fp32", *mode)
-    dcgan, step = make_step(args)
-    dcgan.scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0 ** 8)
-    frames = make_frames(args)
-    for _ in range(7):
-        step(frames)
-    for scale, skipped in ((2.0 ** 127, True), (2.0 ** 8, False)):
-        dcgan.scaler._scale.fill_(scale)
-        before = weights_of(dcgan)
-        step(frames)
-        assert all(map(torch.equal, before, weights_of(dcgan))) == skipped
-        assert (dcgan.scaler._scale.item() < scale) == skipped
 
 
 def test_300_replays_take_no_more_memory_than_ten(pack):
@@ -344,7 +302,7 @@ print("ended")
 """
 
 
-@pytest.mark.parametrize("mode", [[], GRAPH], ids=" ".join)
+@modes([], GRAPH)
 def test_one_rank_adds_up_gradients_in_a_graph_and_ends(mode):
     arguments(*mode)
     argv = [sys.executable, "-c", ONE_RANK, *SMALL, *mode]
@@ -369,7 +327,7 @@ def test_out_of_memory_is_one_line(pack, tmp_path):
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and GPUS < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("mode", [[], GRAPH], ids=" ".join)
+@modes([], GRAPH)
 def test_two_processes_train_and_end(mode, pack, tmp_path):
     arguments(*mode)
     words = *SMALL, *mode, "--data", pack, "--out", tmp_path / "run", "--epochs", 20
@@ -391,31 +349,15 @@ def test_more_processes_than_gpus_are_one_line(pack, tmp_path):
     assert "invalid device ordinal" in line
 
 
-# ---- pictures, and the benchmark -----------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 def test_pictures_and_scores_are_those_of_the_cpu(pack, tmp_path):
-    trained = tmp_path / "run"
-    run("train.py", *TINY, "--device", "cpu", "--data", pack, "--out", trained, "--epochs", 1)
-    pictures = []
-    scores = []
+    run("train.py", *TINY, "--device", "cpu", "--data", pack, "--out", tmp_path / "run", "--epochs", 1)
+    pictures, scores = [], []
     for device in (DEVICE, "cpu"):
-        words = "--checkpoint", trained, "--device", device
-        grid = tmp_path / f"{device}.png"
-        scene = tmp_path / f"{device}-scene.png"
+        words, grid = ("--checkpoint", tmp_path / "run", "--device", device), tmp_path / f"{device}.png"
         run("sample.py", *words, "--seeds", "0-15", "--out", grid)
-        run("interpolate.py", *words, "--frames", 4, "--out", scene)
-        pictures.append([np.array(Image.open(path)).astype(int) for path in (grid, scene)])
+        pictures.append(np.array(Image.open(grid)).astype(int))
         done = run("sample.py", *words, "--score", pack)
         scores.append([float(figure) for figure in re.findall(r"\d+\.\d+", done.stdout)])
-    differences = [np.abs(a - b).max() for a, b in zip(*pictures)]
-    assert max(differences) <= 3, "TF32 rounds to ten bits"
+    assert np.abs(pictures[0] - pictures[1]).max() <= 3, "TF32 rounds to ten bits"
     assert len(scores[0]) > 1 and scores[0] == pytest.approx(scores[1], rel=0.02, abs=0.02)
-
-
-def test_a_benchmark_prints_figures_and_a_profile_of_the_kernels(pack, tmp_path):
-    mode = GRAPH if DEVICE == "cuda" else []
-    file = tmp_path / "trace.json"
-    done = run("tests/bench.py", *SMALL, *mode, "--data", pack, "--step", 0.3, "--trace", file, popen=new_process)
-    assert f"| naive-64 | {'graph' if mode else 'plain'} |" in done.stdout
-    first_kernel = done.stdout.partition("| kernel |")[2].splitlines()[2]
-    assert ("aten::" in first_kernel) == (DEVICE == "cpu")
-    assert file.stat().st_size > 10_000

@@ -1,11 +1,6 @@
 """Compiles the simulated card for the torch of this interpreter, and says how to run a script on it.
 
-    env = {**os.environ, **build(), "HPU_SIM_REPORT": "card.json"}
-    subprocess.run([sys.executable, "train.py", "--device", "hpu"], env=env)
-
-    python tests/hpu_sim/build.py                   # prints the environment, one NAME=value a line
-
-Compiled once (about 30 s) into the temporary folder. The folder's name has torch's version and a
+`python tests/hpu_sim/build.py` prints the environment, one NAME=value a line. Compiled once (about 30 s) into the temporary folder. The folder's name has torch's version and a
 hash of the sources, so another torch or an edit builds anew.
 """
 import hashlib
@@ -54,7 +49,6 @@ def compile_to(out):
     compiler = next(filter(None, map(shutil.which, compilers)), None)
     if compiler is None:
         raise RuntimeError(f"the simulated Gaudi card needs a C++ compiler: there is none of {', '.join(compilers)}")
-
     root = Path(torch.__file__).parent
     standard = "c++20" if TorchVersion(torch.__version__) >= (2, 9) else "c++17"
     include = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]

@@ -27,11 +27,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <functional>
 #include <map>
 #include <mutex>
 #include <set>
-#include <sstream>
 #include <unordered_set>
 
 using namespace at;
@@ -178,30 +176,14 @@ static void fell_back(const std::string& op, const std::string& call) {
   synced(op);
 }
 
-static void mark(std::string by) {  // by: mark_step, FusedAdamW or hccl
-  std::lock_guard<std::mutex> hold(record_.lock);
-  cut(by);
-}
-
 // ---- kernels that the card has: supported_ops.txt ---------------------------------------------
-// A line has ops. "op: dtype dtype" lacks these dtypes. "op: >dtype" lacks conversions to it.
-static std::map<std::string, std::set<std::string>> supported;
-static void read_supported(const std::vector<std::string>& lines) {
-  for (const auto& line : lines) {
-    std::istringstream words(line.substr(0, line.find('#')));
-    std::set<std::string>* lacks = nullptr;
-    for (std::string word; words >> word;) {
-      if (lacks) lacks->insert(word);
-      else if (word.back() == ':') lacks = &supported[word.substr(0, word.size() - 1)];
-      else supported[word];
-    }
-  }
-}
+static std::unordered_set<std::string> supported;  // "op"
+static std::unordered_set<std::string> lacking;    // "op dtype", "op >dtype" for a conversion to it
 
 // Records a call of an op: part of a graph, or a fall-back to the host. `name` has the overload, `op` has not.
 static void called(const std::string& name, const std::string& op, const Arguments& arguments) {
-  const auto known = supported.find(op.substr(op.find(':') + 2));
-  if (known != supported.end() && !known->second.count(arguments.dtype)) ran(name, arguments);
+  const std::string base = op.substr(op.find(':') + 2);
+  if (supported.count(base) && !lacking.count(base + " " + arguments.dtype)) ran(name, arguments);
   else fell_back(name, op + " " + arguments.dtype);
 }
 static void called(const std::string& op, const Arguments& arguments) { called(op, op, arguments); }
@@ -221,10 +203,9 @@ static void acquire() {
 
 static std::atomic<int64_t> bytes_now{0}, bytes_peak{0};
 void Block::release(void* context) {
-  auto* block = static_cast<Block*>(context);
+  std::unique_ptr<Block> block(static_cast<Block*>(context));
   bytes_now -= block->n;
   std::free(block->p);
-  delete block;
 }
 
 struct CardAllocator final : c10::Allocator {
@@ -292,9 +273,10 @@ struct CardHooks final : HPUHooksInterface {  // isBuilt and isAvailable overrid
 static CardHooks card_hooks;
 
 // Called once, by habana_frameworks.torch.core.
-static int64_t plug_in(bool lazy, std::vector<std::string> supported_ops) {
+static int64_t plug_in(bool lazy, std::vector<std::string> ops, std::vector<std::string> lacks) {
   record_.lazy = lazy;
-  read_supported(supported_ops);
+  supported.insert(ops.begin(), ops.end());
+  lacking.insert(lacks.begin(), lacks.end());
   if (const char* path = std::getenv("HPU_SIM_GRAPHS")) {
     const char* rank = std::getenv("RANK");
     record_.dump.open(rank ? std::string(path) + "." + rank : path);
@@ -417,8 +399,7 @@ static Tensor card_empty_strided(IntArrayRef size, IntArrayRef stride, std::opti
 }
 static void record_copy(const Tensor& src, const Tensor& dst) {  // from the card to the card
   const std::string from = toString(src.scalar_type()), to = toString(dst.scalar_type());
-  const bool lacks = from != to && supported["_copy_from"].count(">" + to);
-  if (lacks) fell_back("aten::_copy_from", "aten::_copy_from " + from + "->" + to);
+  if (from != to && lacking.count("_copy_from >" + to)) fell_back("aten::_copy_from", "aten::_copy_from " + from + "->" + to);
   else called("aten::_copy_from", Arguments().add(src).add(dst));
 }
 static Tensor card_copy(const Tensor& src, const Tensor& dst, bool non_blocking) {
@@ -428,10 +409,6 @@ static Tensor card_copy(const Tensor& src, const Tensor& dst, bool non_blocking)
   on_cpu(dst).copy_(on_cpu(src));
   written(dst, !from_card);
   return dst;
-}
-static Tensor card_copy_and_resize(const Tensor& src, const Tensor& dst) {
-  dst.resize_(src.sizes());
-  return card_copy(src, dst, false);
 }
 
 // Views. Each is an op of the graph.
@@ -468,17 +445,13 @@ static Scalar card_item(const Tensor& t) {
   synced("_local_scalar_dense");
   return at::native::_local_scalar_dense_cpu(on_cpu(t));
 }
-static void check_same(const Tensor& a, const Tensor& b, const char* what) {
-  TORCH_CHECK(a.device() == b.device(), "Expected all tensors to be on the same device, but the input is on ", a.device(), " and ", what, " on ", b.device());
-}
 static Tensor card_conv(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, IntArrayRef stride, IntArrayRef pad,
                         IntArrayRef dil, bool transposed, IntArrayRef out_pad, int64_t groups) {
   Arguments all;
   all.add(x).add(w).add(b.value_or(Tensor())).add(stride).add(pad).add(dil).add(transposed).add(out_pad).add(groups);
   ran("aten::convolution_overrideable", all);
-  check_same(x, w, "weight");
   const bool has_bias = b && b->defined();
-  if (has_bias) check_same(x, *b, "bias");
+  TORCH_CHECK(x.device() == w.device(), "Expected all tensors to be on the same device: ", x.device(), w.device());
   return on_card(at::convolution(on_cpu(x), on_cpu(w), has_bias ? std::optional<Tensor>(on_cpu(*b)) : std::nullopt,
                                  stride, pad, dil, transposed, out_pad, groups));
 }
@@ -499,7 +472,6 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
   m.impl("empty.memory_format", &card_empty);
   m.impl("empty_strided", &card_empty_strided);
   m.impl("_copy_from", &card_copy);
-  m.impl("_copy_from_and_resize", &card_copy_and_resize);
   m.impl("as_strided", &card_as_strided);
   m.impl("permute", &card_permute);
   m.impl("view", &card_view);
@@ -518,10 +490,6 @@ static Ops ops_from(const char* env, Ops defaults) {
   const char* path = std::getenv(env);
   if (!path) return defaults;
   std::ifstream file(path);
-  if (!file.is_open()) {
-    TORCH_WARN("Failed to open file with ops to autocast: ", path, ". Default list loaded.");
-    return defaults;
-  }
   Ops ops;  // a line is a name as it stands (no trimming), and the file is the whole list
   for (std::string line; std::getline(file, line);) ops.insert(line);
   return ops;
@@ -584,7 +552,7 @@ TORCH_LIBRARY_IMPL(aten, AutocastHPU, m) {
 
 // ---- what the Python side calls -----------------------------------------------------------------
 TORCH_LIBRARY(hpu_sim, m) {
-  m.def("plug_in(bool lazy, str[] supported_ops) -> int", &plug_in);
+  m.def("plug_in(bool lazy, str[] ops, str[] lacks) -> int", &plug_in);
   m.def("acquire() -> ()", [] { acquire(); });
   m.def("seed(int seed) -> ()", &seed_card);
   // An op that the Python side computes. It may write all its tensors.
@@ -595,7 +563,10 @@ TORCH_LIBRARY(hpu_sim, m) {
     ran(op, all);
     for (const Tensor& t : tensors) written(t);
   });
-  m.def("mark(str by) -> ()", &mark);
+  m.def("mark(str by) -> ()", [](std::string by) {
+    std::lock_guard<std::mutex> hold(record_.lock);
+    cut(by);
+  });
   m.def("synced(str by) -> ()", [](std::string by) { acquire(); synced(by); });
   m.def("optimizer_step() -> ()", [] {
     std::lock_guard<std::mutex> hold(record_.lock);

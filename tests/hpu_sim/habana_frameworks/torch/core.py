@@ -21,20 +21,18 @@ except (AttributeError, KeyError):
 torch.ops.load_library(_library)
 _sim = torch.ops.hpu_sim
 _LAZY = os.environ.get("PT_HPU_LAZY_MODE", "0") != "0"  # eager by default, from release 1.21 on
-_supported = (Path(__file__).parents[2] / "supported_ops.txt").read_text().splitlines()
-_plug(ctypes.c_void_p(_sim.plug_in(_LAZY, _supported)))
+_lines = (Path(__file__).parents[2] / "supported_ops.txt").read_text().splitlines()
+_ops = [op for line in _lines if line[:1] not in "#!" for op in line.split()]
+_lacks = [call.strip() for line in _lines if line[:1] == "!" for call in line[1:].split(",")]
+_plug(ctypes.c_void_p(_sim.plug_in(_LAZY, _ops, _lacks)))
 
 from habana_frameworks.torch import hpu  # noqa: E402
 
 torch._register_device_module("hpu", hpu)
 
 
-def mark_step(device_str="", sync=False):
-    """Cuts the lazy graph. In eager mode the real one does nothing."""
-    mark_step_if_lazy("mark_step")
-
-
-def mark_step_if_lazy(by):
+def mark_step(by="mark_step"):
+    """Cuts the lazy graph."""
     if _LAZY:
         _sim.mark(by)
 

@@ -2,9 +2,7 @@
 
 - eps is 1e-6 by default and is added to sqrt(v) without bias correction: torch's eps is sqrt(1 - b2^t) times as large
 - the count of steps is param_groups[i]["step"]; state[p]["step"] is there too and stays 0
-- in lazy mode it cuts the graph itself, before each group and after the last
-- the step size (learning rate and bias correction) and 1 - weight_decay * lr are inputs of the lazy graph: a new
-  learning rate or decay makes no new graph
+- in lazy mode it cuts the graph, before each group and after the last; step size and decay are inputs of the graph
 """
 import math
 
@@ -20,7 +18,7 @@ class FusedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            htcore.mark_step_if_lazy("FusedAdamW")
+            htcore.mark_step("FusedAdamW")
             group["step"] = group.get("step", 0) + 1
             (b1, b2), lr = group["betas"], group["lr"]
             if group["bias_correction"]:
@@ -31,12 +29,9 @@ class FusedAdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
-                if any(t.device.type != "hpu" for t in tensors):
-                    devices = [str(t.device) for t in tensors]
-                    raise NotImplementedError("Could not run 'hpu::optimizer_adamw' with tensors that are not on hpu: "
-                                              f"parameter, gradient and moments are on {devices}")
-                rows.append(tensors)
+                rows.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+                if any(t.device.type != "hpu" for t in rows[-1]):
+                    raise NotImplementedError("Could not run 'hpu::optimizer_adamw' with tensors that are not on hpu")
             # One fused op: the record does not show the arithmetic below.
             constants = f"{b1} {b2} {group['eps']}"
             torch.ops.hpu_sim.ran("hpu::optimizer_adamw", [t for row in rows for t in row], constants)
@@ -45,5 +40,5 @@ class FusedAdamW(torch.optim.Optimizer):
                 m.mul_(b1).add_(g, alpha=1 - b1)
                 v.mul_(b2).addcmul_(g, g, value=1 - b2)
                 w.mul_(decay).addcdiv_(m, v.sqrt().add_(group["eps"]), value=-lr)
-        htcore.mark_step_if_lazy("FusedAdamW")
+        htcore.mark_step("FusedAdamW")
         torch.ops.hpu_sim.optimizer_step()

@@ -41,11 +41,3 @@ def synchronize(device=None):
 def max_memory_allocated(device=None):
     torch.ops.hpu_sim.acquire()
     return torch.ops.hpu_sim.peak_memory()
-
-
-def is_bf16_supported():
-    return True
-
-
-def get_amp_supported_dtype():
-    return [torch.bfloat16, torch.float16]
