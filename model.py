@@ -320,7 +320,10 @@ class Score:
     def compare(self, patches, described):
         """(distance, coverage) of what describe() returned."""
         projections = map(sorted_projections, self.directions, patches)
-        gaps = [(a - b).abs().mean() for a, b in zip(self.projections, projections)]
+        gaps = [
+            (a - b).abs().mean()
+            for a, b in zip(self.projections, projections)
+        ]
         distance = 1000 * torch.stack(gaps).log().mean().exp()
         nearest = torch.cdist(self.features, described).amin(dim=2)
         covered = (nearest <= self.radius).float()

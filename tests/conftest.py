@@ -38,8 +38,8 @@ def trained(pack, tmp_path_factory):
 def scored(score_pack, tmp_path_factory):
     """A finished run with scores of score_pack, saved after each step. Its output is in the file beside it."""
     out = tmp_path_factory.mktemp("runs") / "scored"
-    words = "--augment --mirror --instance-noise 0.1 --epochs 1 --log-seconds 0 --save-minutes 0".split()
-    done = run("train.py", *TINY, "--device", "cpu", "--data", score_pack, "--out", out, *words)
+    words = "--device cpu --batch-size 28 --augment --mirror --instance-noise 0.1 --epochs 1".split()
+    done = run("train.py", *TINY, *words, "--log-seconds", 0, "--save-minutes", 0, "--data", score_pack, "--out", out)
     out.with_name("output").write_text(done.stdout)
     return out
 

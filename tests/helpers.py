@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = "--preset naive-64 --image-size 32 --nz 8 --ngf 4 --ndf 4 --batch-size 16 --precision fp32".split()
 
 FORKS = multiprocessing.get_context("forkserver")
-PRELOAD = ["torch._dynamo", "torch.utils.tensorboard", "torchvision.utils", "PIL.Image"]
+PRELOAD = ["torch._dynamo", "torch.utils.tensorboard", "PIL.Image"]
 SERVERS = {}  # {the library in LD_PRELOAD: its fork server}
 STARTING = threading.Lock()
 
@@ -165,7 +165,8 @@ def run(script, *words, status=0, cwd=None, env=None, timeout=300, popen=Fork, t
     A user's mistake (status 2) must end with a line `error: …`, or argparse's `train.py: error: …`. A traceback is
     never right, but TensorBoard's thread may leave traces in its last moments. options: of Fork.
     """
-    with ending(popen(command(script, *words), cwd=cwd, env={**os.environ, **(env or {})}, **options), timeout) as process:
+    env = {**os.environ, **(env or {})}
+    with ending(popen(command(script, *words), cwd=cwd, env=env, **options), timeout) as process:
         stdout, stderr = process.communicate()
     assert process.returncode == status and (traces or "Traceback" not in stderr), \
         f"{script} {' '.join(map(str, words))}: status {process.returncode}\n{stdout[-3000:]}\n{stderr[-3000:]}"
@@ -228,8 +229,7 @@ def dcgan(*words):
     """A DCGAN of tiny networks on the CPU, with these options."""
     import train
 
-    typed = train.parse_args([*TINY, "--device", "cpu", "--data", "unused", *map(str, words)])
-    args = getattr(train, "look_up", lambda args: args)(typed)
+    args = train.look_up(train.parse_args([*TINY, "--device", "cpu", *map(str, words)]))
     return train.DCGAN(args, train.set_up_device(args))
 
 

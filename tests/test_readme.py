@@ -22,8 +22,10 @@ def commands(lines):
     found = []
     for line in lines:
         for part in re.split(r" && |; | \| ", line.replace("until ", "")):
-            words = shlex.split(part, comments=True) if re.match(r"(\w+=\S+ )*(python|torchrun|tensorboard) ", part) else []
-            while words and "=" in words[0]:
+            if not re.match(r"(\w+=\S+ )*(python|torchrun|tensorboard) ", part):
+                continue
+            words = shlex.split(part, comments=True)
+            while "=" in words[0]:
                 words.pop(0)
             if words[:1] == ["python"] and not words[1].endswith(".py"):
                 words = []  # python -m pytest, python -m venv
