@@ -137,7 +137,7 @@ class DCGAN:
             on_fake_after = self.logits(D, fake)
         loss_G = g_loss(on_fake_after)
         with torch.no_grad():
-            # Add a number here, and TensorBoard shows it. Reporter.log prints these. Do not call
+            # Add a number here, and TensorBoard shows it. Run.log prints these. Do not call
             # .item(): it waits for the device, and a CUDA graph cannot record it.
             stats = {
                 "Loss_D": loss_D.detach(),
