@@ -474,7 +474,8 @@ def find_checkpoint(path=None):
     if path is None and saved:
         path = saved[-1].parent
     if path is not None:
-        for file in (Path(path), Path(path, "best.pt"), Path(path, "checkpoint.pt")):
+        path = Path(path).expanduser()
+        for file in (path, path / "best.pt", path / "checkpoint.pt"):
             if file.is_file():
                 return file
     runs = ", ".join(str(file.parent) for file in saved) or "none: train first (python train.py)"

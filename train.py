@@ -495,8 +495,8 @@ def add_up(gradients):
     message = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(message)
     parts = message.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts):
-        gradient.copy_(part.view_as(gradient))
+    sums = [part.view_as(gradient) for gradient, part in zip(gradients, parts)]
+    torch._foreach_copy_(gradients, sums)  # one kernel on CUDA. The gradients keep their layout
 
 
 # ---- devices -------------------------------------------------------------------------------------
