@@ -152,6 +152,7 @@ NAIVE = dict(
     augment=False,  # shift D's input: train.translate
     mirror=False,  # flip half of the real images left to right
 )
+SMALL = dict(NAIVE, batch_size=16, augment=True, mirror=True)
 PRESETS = {
     # the sizes of pytorch/examples
     "naive-64": NAIVE,
@@ -163,11 +164,10 @@ PRESETS = {
     "safe-128": dict(NAIVE, image_size=128, nz=128, ngf=128, ndf=32, batch_size=256,
                      weight_decay=0.05, instance_noise=0.05),
     # hundreds to some thousands of photographs
-    "small-64": dict(NAIVE, ngf=32, ndf=32, batch_size=16, augment=True, mirror=True),
-    "small-128": dict(NAIVE, image_size=128, ngf=16, ndf=16, batch_size=16, augment=True,
-                      mirror=True),
+    "small-64": dict(SMALL, ngf=32, ndf=32),
+    "small-128": dict(SMALL, image_size=128, ngf=16, ndf=16),
     # drawn streets in five minutes on a CPU
-    "demo-64": dict(NAIVE, ngf=24, ndf=16, batch_size=16, lr=4e-4, augment=True, mirror=True),
+    "demo-64": dict(SMALL, ngf=24, ndf=16, lr=4e-4),
 }
 # The options that a checkpoint's weights fit, and that are saved with them. rebuild() passes them
 # to the networks whose arguments have these names.
@@ -550,8 +550,6 @@ def open_generator(args):
     path = find_checkpoint(args.checkpoint)
     say(f"generator: {path}")
     G, latent = load_generator(path)
-    if device.type == "cpu":
-        G.to(memory_format=torch.channels_last)  # faster there
     return G.to(device), latent
 
 

@@ -253,7 +253,7 @@ def main(argv=None):
 
     seen = run.images // run.images_per_step  # in batches of today's size
     stream = batches(frames, args.batch_size, (args.seed, ranks.rank), seen, device.pin)
-    feed = Feed(read_ahead(stream, 4), device)
+    feed = upload(read_ahead(stream, 4), device)
     train_step = graphed(dcgan.step) if args.graph else dcgan.step
     with on_signals(run.note_signal):
         run.start()
@@ -261,7 +261,7 @@ def main(argv=None):
             batch = next(feed)
             seed_step(device, args.seed, ranks.rank, run.step)
             stats = train_step(batch)
-            run.after_step(stats, feed.waited)
+            run.after_step(stats)
         run.end()
         del train_step  # NCCL cannot end before the graph that uses it
         ranks.disconnect()
@@ -516,7 +516,6 @@ class Device:
     backend: str = "gloo"  # of torch.distributed
     compiler: str = "inductor"  # of torch.compile
     manual_seed: Callable = torch.manual_seed  # of the random numbers on the device
-    peak_memory: Callable = None  # () → bytes
 
 
 def set_up_device(args, local_rank=None):
@@ -539,7 +538,6 @@ def set_up_device(args, local_rank=None):
         device.pin = True
         device.backend = "nccl"
         device.manual_seed = torch.cuda.manual_seed  # torch's own takes 30 times as long
-        device.peak_memory = torch.cuda.max_memory_reserved
         torch.backends.cudnn.benchmark = True  # shapes never change
         torch.backends.cudnn.allow_tf32 = False  # fp32 stays exact; bf16 is for speed
     elif device.kind == "hpu":
@@ -551,7 +549,6 @@ def set_up_device(args, local_rank=None):
         device.backend = "hccl"
         device.compiler = "hpu_backend"
         device.manual_seed = torch.manual_seed  # the plugin's: it has replaced torch's
-        device.peak_memory = torch.hpu.max_memory_allocated
 
     if args.precision != "auto":
         device.precision = args.precision
@@ -694,38 +691,29 @@ def read_ahead(items, n):
             yield item
 
 
-class Feed:
-    """An iterator over batches on the device. `waited` counts the seconds of waiting for them.
+def upload(batches, device):
+    """Yield batches on the device.
 
-    On CUDA the upload runs beside the step, and the host stays two steps ahead of the GPU and no
-    more: further ahead, it would wait for data while the GPU still has work.
+    On CUDA the upload runs beside the step. The host stays at most two steps ahead of the GPU,
+    because each step ahead keeps its batch in the GPU's memory.
     """
+    side = torch.cuda.Stream() if device.kind == "cuda" else None
+    running = deque()  # the ends of the steps that the GPU may not have finished
+    for batch in batches:
+        if side is None:
+            yield batch.to(device.kind)
+            continue
 
-    def __init__(self, batches, device):
-        self.batches = batches
-        self.kind = device.kind
-        self.waited = 0.0
-        self.upload = torch.cuda.Stream() if device.kind == "cuda" else None
-        self.running = deque()  # the ends of the steps that the GPU may not have finished
-
-    def __next__(self):
-        if self.upload:
-            self.running.append(torch.cuda.current_stream().record_event())
-            if len(self.running) > 2:
-                self.running.popleft().synchronize()
-
-        began = time.perf_counter()
-        batch = next(self.batches)
-        self.waited += time.perf_counter() - began
-
-        if not self.upload:
-            return batch.to(self.kind)
-        with torch.cuda.stream(self.upload):
-            uploaded = batch.to(self.kind, non_blocking=True)
+        with torch.cuda.stream(side):
+            uploaded = batch.to(device.kind, non_blocking=True)
         compute = torch.cuda.current_stream()
-        compute.wait_stream(self.upload)
+        compute.wait_stream(side)
         uploaded.record_stream(compute)  # its memory is free after the step, not after the upload
-        return uploaded
+        yield uploaded
+
+        running.append(compute.record_event())
+        if len(running) > 2:
+            running.popleft().synchronize()
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -756,8 +744,6 @@ class Run:
 
         self.step = 0
         self.images = 0
-        self.stats = None  # of the last step
-        self.waited = 0.0  # seconds of waiting for data
         self.received = 0  # the number of a signal to this process
         self.signum = 0  # the number of a signal that stops all processes
         self.late = False  # whether --minutes are over
@@ -837,36 +823,30 @@ class Run:
         else:
             self.write(draw=True)  # at a full disk the run ends here
             self.saved = self.images
-        self.last_log = self.step, self.waited, time.perf_counter()
+        self.last_log = self.step, time.perf_counter()
         self.next_save = time.monotonic() + 60 * args.save_minutes
 
-    def after_step(self, stats, waited):
-        """Count a step. Log and save when it is time to. waited: seconds of waiting for data."""
+    def after_step(self, stats):
+        """Count a step. Log and save when it is time to. stats: what DCGAN.step returned."""
         self.step += 1
         self.images += self.images_per_step
-        self.stats = stats
-        self.waited = waited
         if self.ranks.rank > 0:
             return
         now = time.monotonic()
         if now >= self.next_log:
-            self.log()
+            self.log(stats)
             self.next_log = now + self.args.log_seconds
         if now >= self.next_save:
             self.save()
 
-    def log(self):
+    def log(self, stats):
         """Print pytorch/examples' log line, and show all numbers in TensorBoard."""
-        stats = {name: value.item() for name, value in self.stats.items()}  # waits for the device
-        step, waited, then = self.last_log
+        stats = {name: value.item() for name, value in stats.items()}  # waits for the device
+        step, then = self.last_log
         now = time.perf_counter()
-        self.last_log = self.step, self.waited, now
+        self.last_log = self.step, now
         self.rate = (self.step - step) * self.images_per_step / (now - then)
-        numbers = {**stats, "images/s": self.rate}
-        numbers["share of time waiting for data"] = (self.waited - waited) / (now - then)
-        if self.dcgan.device.peak_memory:
-            numbers["memory in GB"] = self.dcgan.device.peak_memory() / 1e9
-        self.show(numbers)
+        self.show({**stats, "images/s": self.rate})
 
         steps = self.step + math.ceil((self.total - self.images) / self.images_per_step)
         say(f"[{self.epochs_so_far()}/{self.args.epochs}][{self.step}/{steps}] "
@@ -965,11 +945,9 @@ class Run:
         write_file(self.out / "scores.csv", "".join(lines).encode())
 
     def end(self):
-        """Log, save, and say why the run ended and how it goes on."""
+        """Save, and say why the run ended and how it goes on."""
         if self.ranks.rank > 0:
             return
-        if self.step != self.last_log[0]:
-            self.log()
         if self.images != self.saved:
             self.save(draw=not self.signum)  # a signal leaves little time
         with suppress(OSError):
