@@ -13,7 +13,6 @@ on this machine, one after the other. --step and --gpu take train.py's options, 
 `bench.py --gpu --device cpu --frames 4000 --ngf 4 --ndf 4` tries all of it without a GPU.
 """
 import argparse
-import io
 import itertools
 import json
 import os
@@ -32,7 +31,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import torch
 from PIL import Image
-from torch.autograd import DeviceType
 from torch.profiler import profile, supported_activities
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -193,7 +191,7 @@ class Training:
         self.ranks.connect(self.device.backend)
         self.dcgan = train.DCGAN(args, self.device, self.ranks.world)
         stream = train.batches(frames, args.batch_size, (args.seed, self.ranks.rank), pin=self.device.pin)
-        self.feed = train.Feed(train.read_ahead(stream, 4), self.device)
+        self.feed = train.upload(train.read_ahead(stream, 4), self.device)
         self.train_step = train.graphed(self.dcgan.step) if args.graph else self.dcgan.step
         self.steps = 0
         self.synchronize = getattr(torch, self.device.kind).synchronize
@@ -215,7 +213,7 @@ def measure_step(seconds, words, trace=None):
     training.synchronize()
     start = time.perf_counter() - began
 
-    began, waited, over = time.perf_counter(), training.feed.waited, False
+    began, over = time.perf_counter(), False
     while not over:
         for _ in range(10 if world > 1 else 1):
             training.step()
@@ -223,14 +221,13 @@ def measure_step(seconds, words, trace=None):
     training.synchronize()
     took = time.perf_counter() - began
     images_s = (training.steps - 10) * args.batch_size * world / took
-    waiting = (training.feed.waited - waited) / took
     figures = dict(preset=args.preset, device=f"{world} × {device_name(device.kind)}",
                    batch=f"{world} × {args.batch_size}", precision=device.precision, images_s=images_s,
-                   waiting=waiting, tflops=images_s * gflop_per_image(args) / 1e3, start=start,
-                   memory=f"{device.peak_memory() / 1e9:.1f} GB" if device.peak_memory else "–",
+                   tflops=images_s * gflop_per_image(args) / 1e3, start=start,
+                   memory=f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB" if device.kind == "cuda" else "–",
                    mode="+".join(name for name in ("graph", "compile") if getattr(args, name)) or "plain")
     if trace:
-        figures["profile"] = trace_steps(training, trace)
+        trace_steps(training, trace)
     training.train_step = None  # NCCL cannot end before the graph that uses it
     training.ranks.disconnect()
     return figures
@@ -254,39 +251,15 @@ def gflop_per_image(args):
     return (3 * of_G.get_total_flops() + 8 * of_D.get_total_flops()) / 1e9
 
 
-def trace_steps(training, path, steps=10):
-    """Write a trace of some steps. Returns (seconds, [(kernel, calls, seconds), …]), the longest kernels first.
-
-    On a CPU, torch's operators stand for kernels.
-    """
+def trace_steps(training, path):
+    """Write a trace of ten steps."""
     training.synchronize()
     with profile(activities=supported_activities()) as profiler:
-        began = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(10):
             training.step()
         training.synchronize()
-        took = time.perf_counter() - began
     if training.ranks.rank == 0:
         profiler.export_chrome_trace(str(path))
-    return took, longest_kernels(profiler.key_averages())
-
-
-def longest_kernels(averages):
-    """Annotations, such as Optimizer.step's, span kernels and the gaps between them: they are left out."""
-    averages = [event for event in averages if not getattr(event, "is_user_annotation", False)]
-    kernels = [(event.key, event.count, event.self_device_time_total / 1e6)
-               for event in averages if event.device_type != DeviceType.CPU]
-    kernels = kernels or [(event.key, event.count, event.self_cpu_time_total / 1e6) for event in averages]
-    return sorted(kernels, key=lambda kernel: -kernel[2])
-
-
-def print_profile(took, kernels):
-    busy = sum(seconds for *_, seconds in kernels)
-    print(f"\nTen steps took {took * 1e3:.1f} ms. {len(kernels)} kernels filled {busy / took:.0%} of this time. "
-          "The longest:\n")
-    print_header("kernel", "calls a step", "ms a step", "of all kernels")
-    for name, calls, seconds in kernels[:15]:
-        print_row(name.replace("|", "/")[:80], f"{calls / 10:g}", f"{seconds * 100:.3f}", f"{seconds / busy:.1%}")
 
 
 def print_step(row, header=True, price=None, plain=None, matrix=None, goal=None):
@@ -304,7 +277,6 @@ def print_step(row, header=True, price=None, plain=None, matrix=None, goal=None)
         "of the plain loop": f"{row['images_s'] / plain:.2f}×" if plain else "–",
         "TFLOP/s": f"{row['tflops']:.3g}",
         "of the matrix rate (goal)": f"{row['tflops'] / matrix:.1%} ({goal or '–'})" if matrix else "–",
-        "waiting for data": f"{row['waiting']:.1%}",
         "peak memory": row["memory"],
         "first ten steps": f"{row['start']:.1f} s",
     }
@@ -346,7 +318,7 @@ def measure_card(seconds, words):
 def measure_gpu(folder, seconds, minutes, n_frames, trace, words):
     """Print all about a GPU. Each figure comes from a process with a time limit.
 
-    `minutes` are for the rows of the table. The profile after it takes one.
+    `minutes` are for the rows of the table.
     """
     ends = time.monotonic() + 60 * minutes
     words = ["--device", "cuda", *words]
@@ -370,15 +342,12 @@ def measure_gpu(folder, seconds, minutes, n_frames, trace, words):
                 print_step(row, header, None, plain if batch == 128 else None, matrix, goal)
                 header = False
             except Failed as error:
-                print_row(preset, mode, "–", batch, error, *["–"] * 9)
-    print("\nGoals are in brackets: 2.5× the plain loop for naive-64 with graph+compile, and less than 2% waiting. "
+                print_row(preset, mode, "–", batch, error, *["–"] * 8)
+    print("\nGoals are in brackets: 2.5× the plain loop for naive-64 with graph+compile. "
           "tests/README.md has the rule for defaults.\n")
 
-    options = ["--data", packs[64], *words, "--trace", trace or folder / "trace.json.gz"]
-    try:
-        print_profile(*isolated("step", 0, options)["profile"])
-    except Failed as error:
-        print(f"no profile: {error}")
+    if trace:
+        isolated("step", 0, ["--data", packs[64], *words, "--trace", trace])
 
 
 FIGURES = {"card": measure_card, "step": measure_step}
@@ -425,20 +394,6 @@ def reading_rates(pack, n=1024):
             began = time.perf_counter()
             work(file)
             yield steps * n / (time.perf_counter() - began)
-
-
-def compare_drawing(folder, n):
-    """sample.py --separate, without its start, beside PIL alone with a thread for each core."""
-    torch.save(Generator().apply(init_weights).state_dict(), folder / "netG.pth")
-    words = "--checkpoint", folder / "netG.pth", "--separate", "--out", folder / "fakes"
-    start_up, _ = script("sample.py", *words, "--n", 64)
-    drawing = n / (script("sample.py", *words, "--n", n)[0] - start_up)
-    pictures = [Image.open(path).convert("RGB") for path in sorted((folder / "fakes").iterdir())]
-    with ThreadPoolExecutor(CORES) as threads:
-        began = time.perf_counter()
-        list(threads.map(lambda picture: picture.save(io.BytesIO(), "PNG"), pictures))
-        encoding = len(pictures) / (time.perf_counter() - began)
-    compare("sample.py --separate; PNG encoding alone, all cores", drawing, encoding, "0.8×")
 
 
 def compare_pictures(source, minutes, folder):
@@ -491,7 +446,6 @@ def compare_rates(folder, share):
     plain = plain_rate(endless(photos), 10 * share, device)
     compare(f"train.py, naive-64, batch 128, {row['precision']}; pytorch/examples' loop",
             row["images_s"], plain, "2.2×" if device == "cpu" else "2.5×")
-    compare_drawing(folder, 1000 * share)
 
 
 def main():
@@ -518,8 +472,6 @@ def main():
             print(json.dumps(figures))
         elif os.environ.get("RANK", "0") == "0":
             print_step(figures, price=args.price)
-            if args.trace:
-                print_profile(*figures["profile"])
         return
     if words and not args.gpu:
         parser.error(f"unrecognized arguments: {' '.join(words)}")

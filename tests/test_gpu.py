@@ -109,11 +109,8 @@ def make_frames(args):
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
 
 
-def train_steps(pack, args, first, last, saved=None, seed=0, between=None):
-    """(the DCGAN after steps `first` to `last` as train.main takes them, statistics (steps, 5)).
-
-    between: called with the DCGAN after each fifth step.
-    """
+def train_steps(pack, args, first, last, saved=None, seed=0):
+    """(the DCGAN after steps `first` to `last` as train.main takes them, statistics (steps, 5))."""
     dcgan, step = make_step(args)
     if args.precision == "fp16":
         dcgan.scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0 ** 8)  # no step overflows
@@ -121,14 +118,12 @@ def train_steps(pack, args, first, last, saved=None, seed=0, between=None):
         dcgan.load_state_dict(saved)
     frames = prepare_data.open_pack(pack).train
     stream = train.batches(frames, args.batch_size, (seed, 0), first, pin=dcgan.device.pin)
-    feed = train.Feed(train.read_ahead(stream, 4), dcgan.device)
+    feed = train.upload(train.read_ahead(stream, 4), dcgan.device)
     stats = []
     for number in range(first, last):
         batch = next(feed)
         train.seed_step(dcgan.device, seed, 0, number)
         stats.append(torch.stack(list(step(batch).values())))
-        if between and number % 5 == 4:
-            between(dcgan)
     return dcgan, torch.stack(stats).cpu()
 
 
@@ -215,9 +210,9 @@ def test_each_preset_fits_into_the_memory(preset, mode, capsys):
         stats = step(frames)
     assert all(value.isfinite() for value in stats.values())
     dcgan.sampler()
-    peak = dcgan.device.peak_memory
+    peak = torch.cuda.max_memory_reserved() if DEVICE == "cuda" else 0
     with capsys.disabled():
-        print(f"\n{preset} {' '.join(mode)}, {dcgan.device.precision}: {peak() / 1e9 if peak else 0:.2f} GB")
+        print(f"\n{preset} {' '.join(mode)}, {dcgan.device.precision}: {peak / 1e9:.2f} GB")
 
 
 # ---- graphs and compiling: the numbers of a plain step -------------------------------------------
@@ -251,34 +246,6 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(mode, precision, pack)
     difference = (after - whole[10:]).abs().mean()
     print(f"{mode} {precision}: mean difference {noise:.2g} of two runs, {difference:.2g} after resuming")
     assert difference < 0.005, "one without Adam's moments differs by 0.06, a step off by 0.03"
-
-
-@modes([], GRAPH, BOTH)
-def test_samples_between_steps_change_nothing(mode, pack):
-    args = arguments("--precision", "fp32", *mode)
-    spreads = []
-
-    def look(dcgan):
-        images = dcgan.sampler()(model.latents(range(16), args.nz).to(DEVICE))
-        spreads.append(images.std().item())
-
-    _, stats = train_steps(pack, args, 0, 25, between=look)
-    _, expected = train_steps(pack, args, 0, 25)
-    assert (stats - expected).abs().mean() < 1e-3
-    assert len(set(spreads)) == 5 and np.isfinite(spreads).all(), "they look at the weights of this step"
-
-
-def test_300_replays_take_no_more_memory_than_ten(pack):
-    args = arguments(*GRAPH)
-    used = []
-
-    def look(dcgan):
-        used.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-
-    train_steps(pack, args, 0, 300, between=look)
-    after_ten = used[1]
-    assert used[-1][1] == after_ten[1], "reserved"
-    assert used[-1][0] - after_ten[0] < 1 << 20, "allocated: the statistics that the test keeps"
 
 
 # ---- processes, signals, memory ------------------------------------------------------------------
@@ -336,17 +303,6 @@ def test_two_processes_train_and_end(mode, pack, tmp_path):
     assert f"2 × {DEVICE}" in done.stdout and "finished" in done.stdout
     saved = model.load_file(tmp_path / "run" / "checkpoint.pt")
     assert saved["images"] == saved["step"] * 64 and saved["step"] >= 20
-
-
-@pytest.mark.skipif(DEVICE == "cuda" and GPUS > 1, reason="is for one GPU")
-def test_more_processes_than_gpus_are_one_line(pack, tmp_path):
-    """Also with --device auto: a rank that took the CPU would let the others wait for half an hour."""
-    if DEVICE == "cpu":
-        pytest.skip("needs an NVIDIA GPU")
-    env = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29555")
-    words = *SMALL, "--device", "auto", "--data", pack, "--out", tmp_path / "run"
-    line = run("train.py", *words, env=env, status=2, timeout=100).stderr.splitlines()[-1]
-    assert "invalid device ordinal" in line
 
 
 # ---- pictures ------------------------------------------------------------------------------------
