@@ -53,7 +53,6 @@ static struct Record {
   std::set<size_t> graphs, recipes;  // hashes: without the layouts of the inputs, and with them
   std::map<std::string, std::vector<int64_t>> steps;  // the optimizer steps before each graph, layout and sync
   std::atomic<int64_t> graphs_run{0};
-  std::ofstream dump;  // HPU_SIM_GRAPHS
 } record_;
 
 // ---- layouts ----------------------------------------------------------------------------------
@@ -136,16 +135,12 @@ struct Arguments {
 };
 
 // ---- writing into the record ------------------------------------------------------------------
-static void cut(const std::string& by) {  // the caller holds the lock
+static void cut() {  // the caller holds the lock
   auto& r = record_;
   if (!r.text.empty() && r.lazy) {
     const bool new_graph = r.graphs.insert(std::hash<std::string>()(r.text)).second;
     const bool compiled = r.recipes.insert(std::hash<std::string>()(r.text + r.layouts)).second;
     if (compiled) r.steps[new_graph ? "graph" : "layout"].push_back(r.optimizer_steps);
-    if (compiled && r.dump.is_open()) {
-      r.dump << "graph " << r.recipes.size() << (new_graph ? "" : " (again, for a layout)") << ", after "
-             << r.optimizer_steps << " optimizer steps, cut by " << by << "\n" << r.text << r.layouts << "\n\n";
-    }
     ++r.graphs_run;
   }
   r.text.clear();
@@ -163,7 +158,7 @@ static void synced(std::string by) {  // the host waits for the card, which firs
   std::lock_guard<std::mutex> hold(record_.lock);
   ++record_.counts["syncs"][by];
   record_.steps["sync"].push_back(record_.optimizer_steps);
-  cut(by);
+  cut();
 }
 
 // An op without a kernel: its tensors go to the host and back. `call` is the op and a dtype.
@@ -201,7 +196,7 @@ static void acquire() {
   acquired = true;
 }
 
-static std::atomic<int64_t> bytes_now{0}, bytes_peak{0};
+static std::atomic<int64_t> bytes_now{0};
 void Block::release(void* context) {
   std::unique_ptr<Block> block(static_cast<Block*>(context));
   bytes_now -= block->n;
@@ -218,7 +213,7 @@ struct CardAllocator final : c10::Allocator {
     void* p = nullptr;
     // 64: what the CPU's vector kernels get
     TORCH_CHECK(posix_memalign(&p, 64, n) == 0, "no memory left for the simulated card");
-    bytes_peak = std::max(bytes_peak.load(), bytes_now += n);
+    bytes_now += n;
     return {p, new Block{p, n}, &Block::release, kCard};
   }
   void copy_data(void* dst, const void* src, std::size_t n) const override { std::memcpy(dst, src, n); }
@@ -277,10 +272,6 @@ static int64_t plug_in(bool lazy, std::vector<std::string> ops, std::vector<std:
   record_.lazy = lazy;
   supported.insert(ops.begin(), ops.end());
   lacking.insert(lacks.begin(), lacks.end());
-  if (const char* path = std::getenv("HPU_SIM_GRAPHS")) {
-    const char* rank = std::getenv("RANK");
-    record_.dump.open(rank ? std::string(path) + "." + rank : path);
-  }
   c10::SetAllocator(DeviceType::HPU, &card_memory, 1);
   c10::impl::DeviceGuardImplRegistrar hpu(DeviceType::HPU, &card_guard);
   // A CUDA build's autograd engine asks CUDA's guard for its device count and streams: without a GPU, let it be none.
@@ -563,9 +554,9 @@ TORCH_LIBRARY(hpu_sim, m) {
     ran(op, all);
     for (const Tensor& t : tensors) written(t);
   });
-  m.def("mark(str by) -> ()", [](std::string by) {
+  m.def("mark() -> ()", [] {
     std::lock_guard<std::mutex> hold(record_.lock);
-    cut(by);
+    cut();
   });
   m.def("synced(str by) -> ()", [](std::string by) { acquire(); synced(by); });
   m.def("optimizer_step() -> ()", [] {
@@ -582,6 +573,5 @@ TORCH_LIBRARY(hpu_sim, m) {
     std::lock_guard<std::mutex> hold(record_.lock);
     return what == "optimizer" ? std::vector<int64_t>{record_.optimizer_steps} : record_.steps[what];
   });
-  m.def("peak_memory() -> int", [] { return bytes_peak.load(); });
   m.def("on_cpu(Tensor t) -> Tensor", &on_cpu);
 }

@@ -31,10 +31,10 @@ from habana_frameworks.torch import hpu  # noqa: E402
 torch._register_device_module("hpu", hpu)
 
 
-def mark_step(by="mark_step"):
+def mark_step():
     """Cuts the lazy graph."""
     if _LAZY:
-        _sim.mark(by)
+        _sim.mark()
 
 
 def replace_functions_of_torch():

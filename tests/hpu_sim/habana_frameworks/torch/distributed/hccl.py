@@ -29,7 +29,7 @@ class ProcessGroupHccl(dist.ProcessGroup):
             if tensor.device.type != "hpu":
                 raise RuntimeError(f"No backend type associated with device type {tensor.device.type}: hccl takes hpu")
         torch.ops.hpu_sim.ran("hccl::allreduce", tensors, "")
-        htcore.mark_step("hccl")
+        htcore.mark_step()
         self.gloo.allreduce([torch.ops.hpu_sim.on_cpu(tensor) for tensor in tensors], options).wait()
         done = Future()
         done.set_result(tensors)

@@ -18,7 +18,7 @@ class FusedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            htcore.mark_step("FusedAdamW")
+            htcore.mark_step()
             group["step"] = group.get("step", 0) + 1
             (b1, b2), lr = group["betas"], group["lr"]
             if group["bias_correction"]:
@@ -40,5 +40,5 @@ class FusedAdamW(torch.optim.Optimizer):
                 m.mul_(b1).add_(g, alpha=1 - b1)
                 v.mul_(b2).addcmul_(g, g, value=1 - b2)
                 w.mul_(decay).addcdiv_(m, v.sqrt().add_(group["eps"]), value=-lr)
-        htcore.mark_step("FusedAdamW")
+        htcore.mark_step()
         torch.ops.hpu_sim.optimizer_step()
