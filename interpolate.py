@@ -19,7 +19,7 @@ import os
 if __name__ == "__main__":  # torch reads these when it is imported
     # Gaudi's plugin is loaded by choose_device, after its own variables are set.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    # Threads that wait soon sleep. Threads that spin lose their time to any other program.
+    # Waiting threads sleep. Threads that spin lose their time to any other program.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add("--frames", type=int,
         help="frames from one latent to the next (default: 25, or 4 in a .png)")
     add("--fps", type=int, default=25,
-        help="frames per second, at most 50 in a .gif (default: %(default)s)")
+        help="frames per second; a .gif has 50, 33, 25, 20, … (default: %(default)s)")
     add("--grid", type=grid_size, default="1x1", metavar="COLUMNSxROWS",
         help="scenes side by side; in a .png each scene is one row (default: %(default)s)")
     add("--scale", type=int, choices=range(1, 17), metavar="1-16",

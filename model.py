@@ -317,7 +317,7 @@ class Score:
         groups = torch.cat(described).unflatten(0, (self.group_size, -1)).transpose(0, 1)
         return [torch.cat(parts) for parts in zip(*patches)], groups
 
-    def compare(self, patches, described):
+    def compare(self, patches, groups):
         """(distance, coverage) of what describe() returned."""
         projections = map(sorted_projections, self.directions, patches)
         gaps = [
@@ -325,7 +325,7 @@ class Score:
             for a, b in zip(self.projections, projections)
         ]
         distance = 1000 * torch.stack(gaps).log().mean().exp()
-        nearest = torch.cdist(self.features, described).amin(dim=2)
+        nearest = torch.cdist(self.features, groups).amin(dim=2)
         covered = (nearest <= self.radius).float()
         return distance.item(), covered.mean().item()
 
@@ -352,7 +352,7 @@ def random_patches(images, generator):
 
 
 def whitened_directions(patches):
-    """128 random directions (128, 147): along each, whitened patches (M, 147) have variance 1.
+    """128 random directions of the whitened space: along each, patches (M, 147) have variance 1.
 
     Principal components with less than a ten-thousandth of the largest variance are not raised
     further: they are rounding.
@@ -400,7 +400,7 @@ def untrained_network(image_size):
 def features(layers, x):
     """What all convolutions but the first one read, max-pooled to 4×4 pixels (DCGAN, section 5).
 
-    layers: the `main` of a discriminator in eval mode. x: (N, 3, S, S) → (N, 16 · channels).
+    layers: what untrained_network returns. x: (N, 3, S, S) → (N, 16 · channels).
     """
     pooled = []
     for i, layer in enumerate(layers):
@@ -440,7 +440,10 @@ def choose_device(name="auto", local_rank=None):
 
 
 def use_once(kind, local_rank):
-    """Calculate on a GPU, or acquire a Gaudi card. Raises what the library raises."""
+    """Calculate on a GPU, or acquire a Gaudi card. Raises what the library raises.
+
+    The plugin gives a process the card of its LOCAL_RANK.
+    """
     if kind == "hpu":
         os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
         import habana_frameworks.torch.core  # noqa: F401  makes torch know the device hpu
@@ -586,7 +589,7 @@ def save_image(image, path, **options):
         image.save(data, Image.registered_extensions()[path.suffix.lower()], **options)
     except (KeyError, ValueError) as error:
         raise InputError(f"{path}: PIL cannot write such a file ({one_line(error)}): choose a "
-                         ".png, .jpg or .webp file, or fewer pictures") from error
+                         ".png or .webp file, or fewer pictures") from error
     write_file(path, data.getbuffer())
 
 
@@ -677,8 +680,8 @@ def run_script(main, memory_advice="choose smaller networks or fewer pictures"):
             main()
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         problem = find_problem(error, memory_advice)
-        # Of torchrun's processes, the first prints a mistake that all make, and one that lost its
-        # connection prints nothing: torchrun ends the others while they wait here.
+        # With torchrun, rank 0 prints at once. The others, and one that lost its connection, wait
+        # here, and torchrun ends them.
         rank = os.environ.get("LOCAL_RANK")
         if rank and (rank != "0" or problem is None):
             time.sleep(10)

@@ -243,7 +243,7 @@ def list_folder(source, seen):
 
         hidden = list(filter(HIDDEN.match, folders))
         folders[:] = sorted(set(folders) - set(hidden))
-        for name in sorted(names + hidden):
+        for name in sorted(names + hidden):  # list_images says why it leaves out the hidden ones
             file = os.path.join(here, name)
             path = file[len(source):].replace(os.sep, "/").lstrip("/")
             if suffix_of(name) == ".zip":
@@ -315,12 +315,13 @@ def list_images(sources, group_by, skipped):
                 skipped.append((path, "replaced by MSLS's patch"))
             else:
                 city = msls[2] if msls else posixpath.dirname(inside).split("/")[0] or name
-                # Without the source's name, so that renaming it changes no group.
+                # Without the source's name, so that renaming it changes no group. But folders in
+                # several sources can have one name.
                 group = path if msls else inside
                 if group_by == "folder":
-                    group = posixpath.dirname(group)
+                    group = posixpath.dirname(path)
 
-                if msls and "patch" in full[:msls.start(1)].lower():
+                if msls and "msls_patch" in full[:msls.start(1)].lower():
                     patched.add(path)
                     if path in images:
                         skipped.append((path, "replaced by MSLS's patch"))
@@ -416,7 +417,7 @@ def split_frames(frames, holdout, seed):
 
 # ---- from a file to pixels ----------------------------------------------------------------------
 class Look(NamedTuple):
-    """What a frame looks like, in a form that is compared soon."""
+    """What a frame looks like, in a form that is compared fast."""
     path: str
     bits: int       # 64 bits: is one of 8×8 cells brighter than its left neighbour?
     small: bytes    # 16×16 grey levels
@@ -538,8 +539,8 @@ def similar(a, b, bits):
     return differing <= bits and math.dist(a.small, b.small) / 16 < SIMILAR  # √256 levels
 
 
-def find(look, looks, bits):
-    """The Look of a similar photograph, or None. Then `look` is added.
+def find_or_add(look, looks, bits):
+    """The Look of a similar photograph, or None after `look` is added to `looks`.
 
     looks: defaultdict(list) by parts of the bits. If at most `bits` bits of two photographs differ,
     one of `bits` + 1 parts is equal.
@@ -566,7 +567,7 @@ def without_duplicates(decoded, bits, skipped):
         other = None
         if bits and not problem:
             if not frame.sequence:
-                other = find(look, photographs, bits)
+                other = find_or_add(look, photographs, bits)
             elif frame.group == group and similar(look, last, bits):
                 other = last
 
@@ -641,7 +642,7 @@ def draw_preview(folder, image_size, seed):
 
 # ---- drawn streets ------------------------------------------------------------------------------
 class City(NamedTuple):
-    """How a drawn city looks. Shapes are few, large and smooth: a small GAN learns them soon."""
+    """How a drawn city looks. Shapes are few, large and smooth: a small GAN learns them fast."""
     walls: str      # colours of houses: RGB in hexadecimal
     tall: tuple     # least and greatest height of walls, in metres
     roof: float     # height of roofs, in metres
@@ -724,25 +725,25 @@ class View:
 
 def draw_street(seed, city, street, number, image_size):
     """A PIL image of the pack's frame size: a street, seen from `number` × 7 m along it."""
-    look = CITIES[city]
+    style = CITIES[city]
     rng = random.Random(f"{seed}/{city}/{street}")
     hour = 2 * rng.random() ** 1.5  # a row of HOURS, or between two rows
     sun = rng.uniform(-6, 6)        # its x
-    height = rng.uniform(*look.tall)
+    height = rng.uniform(*style.tall)
 
     H, W = frame_size(image_size)
     view = View(4 * W, 4 * H, hour)  # made smaller at the end, which smooths edges
     view.disc("#ffeca8" if hour < 1.2 else "#ccd0e4", sun, 3 + 24 * abs(1 - hour), 60, 5)
-    view.canvas.rectangle((0, view.horizon, 4 * W, 4 * H), view.paint(look.ground, 8))
+    view.canvas.rectangle((0, view.horizon, 4 * W, 4 * H), view.paint(style.ground, 8))
     view.shape(view.paint("5c5e66", 8), (-4.5, 0, 1), (4.5, 0, 1), (0, 0, 400))    # the road
     view.shape(view.paint("a09e98", 8), (-0.15, 0, 1), (0.15, 0, 1), (0, 0, 400))  # its middle line
 
     for far in range(168 - 7 * number, 9, -12):  # houses of 12 m, from far to near
         for side in (-1, 1):
-            colour = rng.choice(look.walls.split())
+            colour = rng.choice(style.walls.split())
             tall = height * rng.uniform(0.9, 1.1)
             lit = hour > 0.8 + rng.random()
-            draw_house(view, look, colour, tall, lit, side, far, sunny=side * sun < 0)
+            draw_house(view, style, colour, tall, lit, side, far, sunny=side * sun < 0)
 
     small = view.image.reduce(4)
     soft = np.asarray(small.filter(ImageFilter.GaussianBlur(0.7)))  # blur and noise of photographs
@@ -750,7 +751,7 @@ def draw_street(seed, city, street, number, image_size):
     return Image.fromarray((soft + noise).round().clip(0, 255).astype(np.uint8))
 
 
-def draw_house(view, look, colour, tall, lit, side, far, sunny):
+def draw_house(view, style, colour, tall, lit, side, far, sunny):
     """A house and a tree before it, on the left (side -1) or right (1), that end `far` m ahead."""
     x = 8 * side
     near = max(1, far - 12)
@@ -760,15 +761,15 @@ def draw_house(view, look, colour, tall, lit, side, far, sunny):
     view.wall(front, x, near, x, far, 0, tall)
 
     roof = view.paint("8c4a40", near, shade)
-    view.shape(roof, (x, tall, near), (x, tall + look.roof, far - 6), (x, tall, far))
+    view.shape(roof, (x, tall, near), (x, tall + style.roof, far - 6), (x, tall, far))
 
     if near < 30:
         glass = (255, 212, 120) if lit else view.paint(colour, near, 0.75 * shade)
         for y in range(1, int(tall) - 2, 4):
             view.wall(glass, x, far - 9, x, far - 3, y, y + 2.4)
 
-    if look.tree and near < 50:
-        high, radius, stretch = look.tree
+    if style.tree and near < 50:
+        high, radius, stretch = style.tree
         trunk = view.paint("6c5040", near)
         view.wall(trunk, x - 2.2 * side, near, x - 1.8 * side, near, 0, high)
         leaves = view.paint("54963e", near, shade)

@@ -29,7 +29,7 @@ from pathlib import Path
 if __name__ == "__main__":  # torch reads these when it is imported
     # Gaudi's plugin is loaded by choose_device, after its own variables are set.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    # Threads that wait soon sleep. Threads that spin lose their time to any other program.
+    # Waiting threads sleep. Threads that spin lose their time to any other program.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch

@@ -35,7 +35,7 @@ from pathlib import Path
 if __name__ == "__main__":  # these are read when torch is imported
     # Gaudi's plugin is loaded by choose_device, after its own variables are set.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    # Threads that wait soon sleep. Threads that spin lose their time to any other program.
+    # Waiting threads sleep. Threads that spin lose their time to any other program.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from model import (  # isort: skip
-    DEVICES, IMAGE_SIZES, NAIVE, PRESETS, SCORED, SIZES, Discriminator, Generator, InputError,
+    DEVICES, IMAGE_SIZES, NAIVE, PRESETS, SIZES, Discriminator, Generator, InputError,
     Score, choose_device, cut_windows, file_path, find_checkpoint, init_weights, join, latents,
     load_file, on_signals, one_line, rebuild, render, run_script, save_image, say, sizes_of,
     warn, write_file)
@@ -94,7 +94,7 @@ class DCGAN:
         self.adam = dict(
             lr=args.lr,
             betas=(args.beta1, 0.999),
-            eps=1e-8,
+            eps=1e-8,  # Gaudi's own default is 1e-6
             weight_decay=args.weight_decay,
             **device.adam,
         )
@@ -123,7 +123,7 @@ class DCGAN:
         # D learns: D(x) rises for real images, and D(G(z)) falls.
         with self.autocast():
             fake = G(z)
-            # Real images get the fakes' dtype and layout, so that torch.compile traces D once.
+            # Real images get the fakes' dtype and layout: torch.compile traces D once for both.
             real = real.to(fake.dtype, memory_format=self.device.layout)
             # Real and fake images go through D apart: each kind has its own batch statistics.
             on_real = self.logits(D, real)
@@ -228,7 +228,7 @@ class DCGAN:
             getattr(self, name).load_state_dict(saved[name])
         for optimizer in (self.opt_G, self.opt_D):
             optimizer.param_groups[0].update(self.adam)  # a new --lr, for example
-        self.steps.copy_(torch.tensor(float(saved["step"])))
+        self.steps.fill_(saved["step"])
         if saved["scaler"]:  # empty unless it was trained in fp16
             self.scaler.load_state_dict(saved["scaler"])
 
@@ -366,7 +366,7 @@ def find_run(typed):
                              "for other images, name another folder with --out")
         return load_run(out)
     if "resume" in typed and "data" not in typed:
-        find_checkpoint(out)  # raises an error that names the runs
+        find_checkpoint(out / "checkpoint.pt")  # raises an error that names the runs
     for path in out.glob("*"):
         # A start that was killed leaves these. It can be repeated.
         if not path.name.startswith(("events.", "samples", "scores.csv", "checkpoint.pt.tmp")):
@@ -378,7 +378,7 @@ def default_out(typed):
     """runs/<name of the data, without its size>-<image size>."""
     data = typed.get("data")
     size = typed.get("image_size", PRESETS.get(typed.get("preset"), NAIVE)["image_size"])
-    if Path(data or "", "pack.json").exists():
+    if data and Path(data, "pack.json").exists():
         size = open_pack(data).image_size
     return Path("runs", f"{data_name(data).removesuffix(f'-{size}')}-{size}")
 
@@ -417,7 +417,8 @@ def find_data(args, ranks):
 
     Fills in the options that were not given: the preset that suits the pack, and what it sets.
     """
-    if ranks.world > 1 and not Path(args.data or "", "pack.json").exists():
+    is_pack = args.data and Path(args.data, "pack.json").exists()
+    if ranks.world > 1 and not is_pack:
         raise InputError("several processes need a pack: run prepare_data.py first, "
                          "and name its output with --data")
     pack = open_pack(find_pack(args.data, args.image_size or 64))
@@ -443,10 +444,11 @@ class Ranks:
 
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
+        # Some clusters set WORLD_SIZE alone.
         self.world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
         self.local_rank = int(os.environ["LOCAL_RANK"]) if self.world > 1 else None
         self.launcher = os.getppid()
-        self.hosts = None  # a gloo group for numbers on the CPU: it does not wait for the devices
+        self.gloo = None  # a group for numbers on the CPU, which does not wait for the devices
 
     def connect(self, backend):
         if self.world == 1:
@@ -456,7 +458,7 @@ class Ranks:
             # torchrun's store keeps what the ranks wrote before a restart.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
-        self.hosts = dist.new_group(backend="gloo")
+        self.gloo = dist.new_group(backend="gloo")
         atexit.register(leave_the_others)
 
     def largest(self, *numbers):
@@ -465,7 +467,7 @@ class Ranks:
         if self.world > 1:
             if os.getppid() != self.launcher:
                 sys.exit("error: torchrun was killed")
-            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.hosts)
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.gloo)
         return numbers.tolist()
 
     def check_same(self, *facts):
@@ -495,8 +497,8 @@ def add_up(gradients):
     message = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(message)
     parts = message.split([gradient.numel() for gradient in gradients])
-    sums = [part.view_as(gradient) for gradient, part in zip(gradients, parts)]
-    torch._foreach_copy_(gradients, sums)  # one kernel on CUDA. The gradients keep their layout
+    for gradient, part in zip(gradients, parts):
+        gradient.copy_(part.view_as(gradient))  # keeps its layout
 
 
 # ---- devices -------------------------------------------------------------------------------------
@@ -610,6 +612,7 @@ def seed_step(device, seed, rank, step):
 
 
 def to_cpu(value):
+    """A card's tensors cannot be opened where its plugin is missing."""
     if isinstance(value, dict):
         return {key: to_cpu(v) for key, v in value.items()}
     return value.cpu() if isinstance(value, torch.Tensor) else value
@@ -736,10 +739,10 @@ class Run:
         self.out = Path(args.out)
         self.identity = pack.identity
         self.images_per_step = args.batch_size * ranks.world
-        images_per_epoch = cut_stretches(frames, args.batch_size)[1] * self.images_per_step
+        self.images_per_epoch = cut_stretches(frames, args.batch_size)[1] * self.images_per_step
         if args.epochs is None:
-            args.epochs = max(25, math.ceil(500_000 / images_per_epoch))
-        self.total = args.epochs * images_per_epoch
+            args.epochs = max(25, math.ceil(500_000 / self.images_per_epoch))
+        self.total = args.epochs * self.images_per_epoch
         self.ends = began + 60 * (args.minutes or math.inf)
 
         self.step = 0
@@ -750,7 +753,7 @@ class Run:
         self.scores = []  # the rows of scores.csv
         self.score = None  # a Score, if the pack is large enough
         self.board = None  # TensorBoard's
-        self.saved = None  # the image of the last save
+        self.saved = None  # images at the last save
         self.failed = None  # why the last save failed
         self.next_log = 0.0  # when the next line is due, as of time.monotonic()
 
@@ -809,11 +812,10 @@ class Run:
             f"of {self.total:,}")
         for temporary in self.out.rglob("*.tmp"):  # of a save that was killed
             temporary.unlink()
-        if min(len(pack.train), len(pack.holdout)) >= SCORED:
+        try:
             self.score = Score(pack.train, pack.holdout, pack.image_size)
-        else:
-            say(f"no scores and no best.pt: there are {len(pack.holdout)} held-out frames and "
-                f"{len(pack.train)} others, and a score needs {SCORED} of each")
+        except InputError as error:  # too few frames
+            say(f"no scores and no best.pt: {error}")
 
         # purge_step hides what a killed run showed after its last save.
         self.board = SummaryWriter(self.out, purge_step=self.images + 1 if resumed else 0)
@@ -854,7 +856,7 @@ class Run:
             f"D(G(z)) {stats['D(G(z1))']:.2f}/{stats['D(G(z2))']:.2f} {self.rate:,.0f}/s")
 
     def epochs_so_far(self):
-        return math.ceil(self.args.epochs * self.images / self.total)
+        return math.ceil(self.images / self.images_per_epoch)
 
     def show(self, numbers):
         """Numbers in TensorBoard. After a full disk it gets none until a resume."""
@@ -907,7 +909,7 @@ class Run:
             "device": self.dcgan.device.kind,
         }
         data = io.BytesIO()
-        torch.save(checkpoint, data, pickle_protocol=2)  # Gaudi's default, 4, opens nowhere else
+        torch.save(checkpoint, data, pickle_protocol=2)  # weights_only refuses 4, Gaudi's default
         write_file(self.out / "checkpoint.pt", data.getbuffer(), sync=True)
         self.keep_best()
 

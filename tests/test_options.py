@@ -145,6 +145,7 @@ def test_compile_compiles_both_networks(call, monkeypatch):
 # ---- length, saves and log lines ------------------------------------------------------------------------------------
 
 def test_images_are_epochs_times_whole_batches(call):
+    assert call(noise(50), "--epochs", 0).saves[-1]["images"] == 0
     seen = call(noise(50), "--batch-size", 12, "--epochs", 3)
     assert [len(frames) for frames in seen.frames] == 12 * [12]
     assert (seen.saves[-1]["images"], seen.saves[-1]["step"]) == (3 * 4 * 12, 12)
@@ -273,6 +274,11 @@ def test_without_data_it_draws_streets_and_trains_on_them_for_four_and_a_half_mi
     assert (args["preset"], args["minutes"], args["save_minutes"], args["batch_size"]) == ("demo-64", 4.5, 1, 16)
     assert Path(args["data"]).name == "demo-64" and saved["images"] > 16 and (demo / "packs/demo-64/pack.json").exists()
     assert train.look_up(train.parse_args(["--preset", "demo-64", "--data", "photos"])).minutes == 0
+
+
+def test_a_run_without_data_is_named_after_the_demo_in_any_folder(pack, monkeypatch):
+    monkeypatch.chdir(pack)
+    assert train.default_out({}) == Path("runs/demo-64")
 
 
 def test_two_starts_at_once_share_one_pack(photos):

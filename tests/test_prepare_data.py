@@ -268,6 +268,10 @@ def test_group_by_folder_keeps_each_folder_in_one_split(album, tmp_path):
     together = [folder for folder, _ in itertools.groupby(done.index, lambda row: row["source file"].split("/")[1])]
     assert len(together) == 20, "and in one place"
 
+    drives = [write_tree(tmp_path / f"drive{i}", streets(8, 10 * i)) for i in range(9)]
+    splits = prepare("--group-by", "folder", *drives, tmp_path / "drives").split
+    assert len({(path.split("/")[0], split) for path, split in splits.items()}) == 9 and len(set(splits.values())) == 2
+
 
 def test_a_limit_takes_the_first_frames_of_a_random_order_that_the_seed_chooses(album, tmp_path):
     everything = [row["key"] for row in prepare("--holdout", 0, album, tmp_path / "all").index]

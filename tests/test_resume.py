@@ -442,6 +442,7 @@ def test_a_run_refuses_what_is_not_its_own_with_a_line(pack, trained, tmp_path, 
             ("--resume --out runs/mine --preset clamp-64", ["runs/mine"]),
             ("--resume --out runs/card --device cpu", ["hpu", "cpu", "--init"]),
             ("--resume --out runs/typo", ["runs/typo", "runs/mine", "runs/card"]),
+            ("--resume --out runs/mine/checkpoint.pt", ["runs/mine/checkpoint.pt", "runs/card"]),
             ("--resume", ["runs/demo-64", "runs/mine"])):
         line = refusal(capfd, *words.split())
         assert all(fact in line for fact in facts), (words, line)
