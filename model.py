@@ -1,6 +1,6 @@
 """The networks, and all that the scripts share.
 
-It needs torch, NumPy for the score, and PIL for picture files.
+It needs torch and NumPy, and PIL for picture files.
 
 To draw pictures in your own project, copy this file and write
 
@@ -158,9 +158,9 @@ PRESETS = {
     "naive-64": NAIVE,
     # the paper's networks
     "radford-64": dict(NAIVE, kernel_size=5, ngf=128, ndf=128, latent="uniform"),
-    # the write-up's strong G against a weak D
+    # the strong G against a weak D of the write-up that README names
     "clamp-64": dict(NAIVE, nz=256, ngf=256, batch_size=256),
-    # the write-up's 128 pixels
+    # its 128 pixels
     "safe-128": dict(NAIVE, image_size=128, nz=128, ngf=128, ndf=32, batch_size=256,
                      weight_decay=0.05, instance_noise=0.05),
     # hundreds to some thousands of photographs
@@ -262,13 +262,12 @@ SCORED = 50  # frames of each kind that a score needs at least
 
 
 class Score:
-    """How close generated pictures are to held-out images: score(G, latent) → (distance, coverage).
+    """How close generated pictures are to held-out images: Score(…)(G, latent) → (score, coverage).
 
-    distance: sliced Wasserstein distance of patches × 1000, the geometric mean over the scales of a
+    score: sliced Wasserstein distance of patches × 1000, the geometric mean over the scales of a
     pyramid (Karras et al. 2018, https://arxiv.org/abs/1710.10196, section 5). Smaller is better.
     Patches are whitened: a pattern in which images hardly vary, such as a checkerboard, counts as
-    much as their light and colours. So it sees grain and blur. It sees repetition only if few
-    pictures are left.
+    much as their light and colours. So it sees grain and blur. It hardly sees repetition.
     coverage: share of held-out images that have a generated image nearer than their fifth held-out
     neighbour, in the features of an untrained network (Naeem et al. 2020,
     https://arxiv.org/abs/2002.09797). Larger is better. It falls where G repeats itself.
@@ -280,7 +279,7 @@ class Score:
     """
 
     def __init__(self, train, holdout, image_size):
-        # Images are compared in groups of one size. Small packs have several windows of a frame.
+        # Small packs have several windows of a frame, each in another group.
         self.group_size = min(len(train), len(holdout), 2048)
         if self.group_size < SCORED:
             raise InputError(f"a score needs {SCORED} training frames and {SCORED} held-out "
@@ -304,7 +303,7 @@ class Score:
     def describe(self, batches):
         """Batches of images → (patches (M, 147) of each scale, features (k, group, d)).
 
-        Image i is in group i modulo k. So each of the k groups is spread over all frames.
+        Image i is in group i modulo k: a frame is never its own neighbour.
         """
         generator = torch.Generator().manual_seed(0)
         described = []
@@ -318,16 +317,16 @@ class Score:
         return [torch.cat(parts) for parts in zip(*patches)], groups
 
     def compare(self, patches, groups):
-        """(distance, coverage) of what describe() returned."""
+        """(score, coverage) of what describe() returned."""
         projections = map(sorted_projections, self.directions, patches)
         gaps = [
             (a - b).abs().mean()
             for a, b in zip(self.projections, projections)
         ]
-        distance = 1000 * torch.stack(gaps).log().mean().exp()
+        score = 1000 * torch.stack(gaps).log().mean().exp()
         nearest = torch.cdist(self.features, groups).amin(dim=2)
         covered = (nearest <= self.radius).float()
-        return distance.item(), covered.mean().item()
+        return score.item(), covered.mean().item()
 
 
 def pyramid(images):
@@ -379,6 +378,7 @@ def sorted_projections(directions, patches):
 def untrained_network(image_size):
     """The layers of an untrained discriminator with 16 feature maps, for the coverage.
 
+    Its batch norm changes nothing, as it has seen no images.
     It is apart from Discriminator: scores stay comparable when the trained networks change.
     """
     with torch.random.fork_rng(devices=[]):

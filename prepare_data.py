@@ -257,7 +257,7 @@ def list_zip(archive, path=""):
     try:
         zipped = zipfile.ZipFile(archive)
     except Exception:  # a damaged directory makes zipfile raise almost anything
-        yield path, None
+        yield path, None  # list_images leaves it out, as it is no image
         return
 
     folder = posixpath.splitext(path)[0]  # as if it were extracted
@@ -400,7 +400,7 @@ def hash_fraction(text):
 
 
 def split_frames(frames, holdout, seed):
-    """[(split, Frame), …] in the pack's order. A group is held out of every pack or of none.
+    """[(split, Frame), …] in the pack's order. A group's split does not depend on the seed.
 
     Nothing is held out if too few frames for training would be left.
     """

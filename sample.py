@@ -1,7 +1,7 @@
 """Draw pictures from a trained generator, score them, and examine what it has learned.
 
     python sample.py                                  # samples.png: seeds 0-63 of the newest run
-    python sample.py --n 400 --out streets.html       # a page to look through, without a network
+    python sample.py --n 400 --out streets.html       # a page to look through, offline
     python sample.py --seeds 7,40-54 --scale 4 --out favourites.png
     python sample.py --n 50000 --separate --out fakes # fakes/00000000.png, … one file per seed
     python sample.py --real packs/streets --n 50000   # real/00000000.png, … photographs, for FID
@@ -106,7 +106,7 @@ def to_images(pictures):
 
 # ---- a page --------------------------------------------------------------------------------------
 def save_page(G, z, args):
-    """One HTML file that needs no network. Each picture is a WebP image in its button."""
+    """One HTML file that works offline. Each picture is a WebP image in its button."""
     pictures = render(G, z, args.scale or 1)
     buttons = []
     for seed, image in zip(args.seeds, to_images(pictures)):
@@ -255,11 +255,11 @@ def open_matching_pack(folder, network):
 
 def print_score(G, latent, args):
     pack = open_matching_pack(args.score, G)
-    score = Score(pack.train, pack.holdout, pack.image_size)
-    distance, coverage = score(G, latent)
-    say(f"score {distance:.1f} (real images {score.real[0]:.1f}), "
-        f"coverage {coverage:.2f} (real images {score.real[1]:.2f})\n"
-        f"{score.images:,} images of each kind. "
+    measure = Score(pack.train, pack.holdout, pack.image_size)
+    score, coverage = measure(G, latent)
+    say(f"score {score:.1f} (real images {measure.real[0]:.1f}), "
+        f"coverage {coverage:.2f} (real images {measure.real[1]:.2f})\n"
+        f"{measure.images:,} images of each kind. "
         "A smaller score is better. A larger coverage is better.")
 
 

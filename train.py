@@ -126,18 +126,18 @@ class DCGAN:
             # Real images get the fakes' dtype and layout: torch.compile traces D once for both.
             real = real.to(fake.dtype, memory_format=self.device.layout)
             # Real and fake images go through D apart: each kind has its own batch statistics.
-            on_real = self.logits(D, real)
-            on_fake = self.logits(D, fake.detach())  # D's update leaves G alone
+            on_real = self.logits(real)
+            on_fake = self.logits(fake.detach())  # D's update leaves G alone
         loss_D = d_loss(on_real, on_fake)
         self.update(self.opt_D, loss_D)
 
         # G learns: D(G(z)) rises. D's weights need no gradients, which saves a sixth of the time.
         D.requires_grad_(False)
         with self.autocast():
-            on_fake_after = self.logits(D, fake)
+            on_fake_after = self.logits(fake)
         loss_G = g_loss(on_fake_after)
         with torch.no_grad():
-            # Add a number here, and TensorBoard shows it. Run.log prints these. Do not call
+            # Add a number here, and TensorBoard shows it. Run.log prints these five. Do not call
             # .item(): it waits for the device, and a CUDA graph cannot record it.
             stats = {
                 "Loss_D": loss_D.detach(),
@@ -146,7 +146,7 @@ class DCGAN:
                 "D(G(z1))": on_fake.sigmoid().mean(),
                 "D(G(z2))": on_fake_after.sigmoid().mean(),
             }
-        # On Gaudi, G's update ends the graph, so it must be last. G_ema is one step behind.
+        # On Gaudi the optimizer ends the lazy graph, so it comes last. So G_ema is one step behind.
         self.update_average(len(frames) * self.world)
         self.update(self.opt_G, loss_G)
         D.requires_grad_(True)
@@ -164,14 +164,14 @@ class DCGAN:
         dtype = AUTOCAST[self.device.precision]
         return torch.autocast(self.device.kind, dtype, enabled=dtype is not None)
 
-    def logits(self, D, images):
-        """D's float32 logits (N,) of images, with the shifts and the noise that D always sees."""
+    def logits(self, images):
+        """D's float32 logits (N,) of images, with --augment's shifts and --instance-noise."""
         if self.args.augment:
             images = translate(images)
         if self.args.instance_noise:
             noise = torch.randn(images.shape, device=images.device)
             images = images + self.args.instance_noise * noise
-        return D(images).float()  # the losses are in fp32
+        return self.D(images).float()  # the losses are in fp32
 
     def update(self, optimizer, loss):
         """One step of an optimizer, with the mean gradient of all processes."""
@@ -201,7 +201,7 @@ class DCGAN:
 
     @torch.no_grad()
     def sampler(self):
-        """G_ema in eval mode, with the batch-norm statistics of 512 latents.
+        """G_ema in eval mode, with batch-norm statistics of its own weights, from 512 latents.
 
         The training is the same with and without a call.
         """
@@ -238,6 +238,8 @@ class DCGAN:
 def main(argv=None):
     """Train a run, and return its DCGAN. A signal that stops it exits with 128 + its number."""
     began = time.monotonic()
+    # Options: what was typed, then find_run adds --out, look_up what was saved and the preset,
+    # find_data what follows from the data, and Run the epochs.
     typed = parse_args(argv)
     saved = find_run(typed)  # the content of its checkpoint, {} in a new run
     args = look_up(typed, saved)
@@ -296,8 +298,8 @@ def parse_args(argv=None):
         help="the run's folder (default: runs/<name of the data>-<image size>)")
     add("--resume", action="store_true", help="continue the run in --out; with --data, or start it")
     add("--device", choices=DEVICES, help="auto (default): a GPU, a Gaudi card, or the CPU")
-    add("--epochs", type=int, help="passes over the training frames (default: 25, and as many "
-        "as make 500,000 images)")
+    add("--epochs", type=int, help="passes over the training frames (default: at least 25, and at "
+        "least 500,000 images)")
     add("--minutes", type=float, help="save and stop after this time (default: no limit; "
         "4.5 for drawn streets)")
     add("--seed", type=int, help="seed of weights, order and noise (default: 0)")
@@ -333,7 +335,7 @@ def parse_args(argv=None):
 
     typed = vars(parser.parse_args(argv))
     for name, value in typed.items():
-        if isinstance(value, (int, float)) and not value >= 0:  # not a number fails too
+        if isinstance(value, (int, float)) and not value >= 0:  # NaN fails too
             raise InputError(f"{flag(name)} {value}: choose 0 or more")
     return typed
 
@@ -396,7 +398,7 @@ def load_run(out):
 
 
 def look_up(typed, saved=None):
-    """All options, as a Namespace: what was typed overrides the resumed run's, and so on.
+    """All options, a Namespace: what was typed, or else the resumed run's, the preset's, a default.
 
     Without a preset, the options in NAIVE can be None until find_data fills them in. Raises
     InputError.
@@ -507,7 +509,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Device:
-    """What a kind of device needs. The defaults are safe for one that nobody has tried."""
+    """What a kind of device needs. The defaults are for kinds that nobody has tried, as mps."""
 
     kind: str  # as torch.device takes it
     precision: str = "fp32"  # of the forward passes: fp32, bf16 or fp16
@@ -597,7 +599,7 @@ def graphed(step):
             inputs = frames.clone()
             # thread_local: meanwhile another thread pins memory
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                outputs = step(inputs)
+                outputs = step(inputs)  # it is recorded here, and computed below
         inputs.copy_(frames)
         graph.replay()
         return outputs
@@ -821,7 +823,7 @@ class Run:
         self.board = SummaryWriter(self.out, purge_step=self.images + 1 if resumed else 0)
         self.board.add_text("options", str(vars(args)), self.images)
         if resumed:
-            self.keep_best()
+            self.keep_best()  # a kill can have come between checkpoint.pt and best.pt
         else:
             self.write(draw=True)  # at a full disk the run ends here
             self.saved = self.images

@@ -24,7 +24,7 @@ MUTANTS = r"""
 ## model.py: tests/test_model.py -k "preset or judged or examples"
 width = ngf * image_size // 8 => width = ngf * 8
 batch_size=128, => batch_size=64,
-batch_size=16, lr=4e-4, => batch_size=16,
+ndf=16, lr=4e-4) => ndf=16)
 ## model.py: tests/test_step.py -k "of_the_paper or mirror"
 torch.where(flip < 0.5, => torch.where(flip < 0.4,
 nn.init.normal_(module.weight, 1.0, 0.02) => nn.init.normal_(module.weight, 0.0, 0.02)
@@ -35,14 +35,14 @@ align_corners=False) / 127.5 - 1 => align_corners=False) / 255
 [:len(part)]) => )
 row, column = divmod(i, columns) => column, row = divmod(i, columns)
 ## model.py: tests/test_model.py -k score
-distance = 1000 * torch => distance = 900 * torch
+score = 1000 * torch => score = 900 * torch
 distances.kthvalue(6, dim=2) => distances.kthvalue(5, dim=2)
 while images.shape[-1] > 16: => while images.shape[-1] > 8:
 (nearest <= self.radius) => (nearest <= 2 * self.radius)
 z = latents(range(self.images), => z = latents([i % 300 for i in range(self.images)],
 ## model.py: tests/test_model.py -k "run or weights or dictionaries or damaged or neither or whole"
 path = saved[-1].parent => path = saved[0].parent
-Path(path, "best.pt"), Path(path, "checkpoint.pt") => Path(path, "checkpoint.pt"), Path(path, "best.pt")
+path / "best.pt", path / "checkpoint.pt" => path / "checkpoint.pt", path / "best.pt"
 damaged = archive.testzip() => damaged = None
 G = rebuild(Generator, "G_ema", content, path) => G = rebuild(Generator, "G", content, path)
 if sync: => if False:
@@ -62,7 +62,7 @@ if self.args.augment: => if False:
 if self.args.instance_noise: => if False:
 self.args.instance_noise * noise => 10 * self.args.instance_noise * noise
 if self.args.latent == "normal" else z.uniform_ => if True else z.uniform_
-D(images).float()  # => D(images)  #
+self.D(images).float()  # => self.D(images)  #
 if args.precision != "auto": => if False:
 args.ndf, kernel_size=args.kernel_size) => args.ndf)
 ## train.py: tests/test_step.py -k "seed or epoch or large or rank"
