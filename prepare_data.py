@@ -58,7 +58,6 @@ from model import (
     InputError,
     cut_windows,
     file_path,
-    join,
     run_script,
     say,
     to_grey_levels,
@@ -630,14 +629,16 @@ def draw_preview(folder, image_size, seed):
     frames = torch.from_numpy(train[np.linspace(0, len(train) - 1, 8, dtype=int)])  # (8, H, W, 3)
     generator = torch.Generator().manual_seed(seed)
 
-    _, H, W, _ = frames.shape
-
-    columns = [frames.permute(0, 3, 1, 2)]
+    columns = [frames]
     for _ in range(6):
         windows = cut_windows(frames, image_size, generator=generator)  # (8, 3, S, S) in [-1, 1]
-        columns.append(F.pad(to_grey_levels(windows), (0, W - image_size, 0, H - image_size)))
-    sheet = join(torch.stack(columns, dim=1).flatten(0, 1), columns=7)
-    sheet.save(folder / "preview.png")
+        columns.append(to_grey_levels(windows).permute(0, 2, 3, 1))
+
+    height = frames.shape[1] + 8
+    columns = [F.pad(column, (0, 0, 0, 8, 0, height - column.shape[1]), value=255)  # white margins
+               for column in columns]
+    sheet = torch.cat(columns, dim=2).flatten(0, 1)  # (8 height, width of all columns, 3)
+    Image.fromarray(sheet.numpy()).save(folder / "preview.png")
 
 
 # ---- drawn streets ------------------------------------------------------------------------------

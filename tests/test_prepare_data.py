@@ -557,10 +557,10 @@ def test_pack_json_has_sizes_counts_and_options_and_the_arrays_are_plain_numpy(t
 
 def test_preview_shows_frames_beside_windows_of_them(packed):
     sheet = np.asarray(Image.open(packed.folder / "preview.png"))
-    cells = [[sheet[2 + (H + 2) * row:, 2 + (W + 2) * column:][:H, :W] for column in range(7)] for row in range(8)]
-    assert np.array_equal(cells[0][0], packed.pack.train[0]) and np.array_equal(cells[7][0], packed.pack.train[-1])
-    windows = [cell[:32, :32].astype(int) for cell in cells[0][1:]]
-    assert len({window.tobytes() for window in windows}) == 6
+    assert np.array_equal(sheet[:H, :W], packed.pack.train[0])
+    assert np.array_equal(sheet[7 * (H + 8):][:H, :W], packed.pack.train[-1])
+    windows = [sheet[:32, W + 8 + 40 * i:][:, :32].astype(int) for i in range(6)]
+    assert len({window.tobytes() for window in windows}) == 6 and sheet.shape == (8 * (H + 8), W + 8 + 6 * 40, 3)
     mean = packed.pack.train[0].mean()
     assert all(abs(window.mean() - mean) < 25 and window.std() > 20 for window in windows)
 
