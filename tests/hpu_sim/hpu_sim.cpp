@@ -2,7 +2,7 @@
 // waits and checkpoints behave as they do on the card. The CPU does the arithmetic, on the same
 // memory. Random numbers come from a generator of the card's own. Nothing here says how fast a card
 // is. The record counts what makes a card slow: new graphs, fall-backs to the CPU, and waits.
-// Builds with torch 2.6 and later. No pybind, so it is loaded with torch.ops.load_library.
+// Builds with torch 2.6 and later.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -14,8 +14,8 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/permute_native.h>
 #include <ATen/ops/resize_native.h>
-#include <ATen/ops/set_cpu_dispatch.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -23,7 +23,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -59,8 +58,6 @@ static struct Record {
 // The card chooses how a tensor that a graph writes lies in memory. A later graph that takes the
 // tensor is compiled for that layout. Here a layout is a number: 0 as uploaded, then how many
 // graphs have written the tensor, and 2 at most, because the card's choice is stable by then.
-static constexpr int kLastLayout = 2;
-
 struct Block {  // memory of the card
   void* p;
   int64_t n;
@@ -76,7 +73,7 @@ static Block* block_of(const Tensor& t) {
 }
 static int layout_of(const Tensor& t) {
   const Block* b = t.dim() < 2 ? nullptr : block_of(t);  // numbers and vectors have one layout
-  return b ? std::min(kLastLayout, b->layout + (b->written >= 0 && b->written < record_.graphs_run)) : 0;
+  return b ? std::min(2, b->layout + (b->written >= 0 && b->written < record_.graphs_run)) : 0;
 }
 static void written(const Tensor& t, bool by_the_host = false) {  // otherwise by an op since the last cut
   if (Block* b = block_of(t)) {
@@ -95,25 +92,11 @@ struct Arguments {
     text += words + " ";
     return *this;
   }
-  Arguments& add(double v) {
-    char s[40];
-    std::snprintf(s, sizeof s, "%.17g", v);
-    return say(s);
-  }
-  Arguments& add(int64_t v) { return say(std::to_string(v)); }
-  Arguments& add(bool v) { return say(v ? "True" : "False"); }
-  Arguments& add(IntArrayRef list) {
-    say("[");
-    for (int64_t v : list) add(v);
-    return say("]");
-  }
   Arguments& add(const Tensor& t) {
     if (!t.defined()) return say("None");
     if (dtype.empty()) dtype = toString(t.scalar_type());
-    if (t.device().is_cpu() && t.unsafeGetTensorImpl()->is_wrapped_number()) {  // a Python number: a constant
-      const Scalar v = t.item();
-      return v.isIntegral(true) ? add(v.toLong()) : add(v.toDouble());
-    }
+    // A Python number is a constant.
+    if (t.device().is_cpu() && t.unsafeGetTensorImpl()->is_wrapped_number()) return add(t.item());
     say(toString(t.scalar_type()));  // Byte, Float, BFloat16, …
     if (t.device().is_cpu()) return say("uploaded");  // its value is an input
     layouts += std::to_string(layout_of(t));
@@ -121,16 +104,10 @@ struct Arguments {
   }
   Arguments& add(const IValue& v) {
     if (v.isTensor()) return add(v.toTensor());
-    if (v.isDouble()) return add(v.toDouble());
-    if (v.isInt()) return add(v.toInt());  // dtypes and memory formats are numbers here
-    if (v.isBool()) return add(v.toBool());
-    if (v.isString()) return say(v.toStringRef());
-    if (v.isList()) {
-      say("[");
-      for (const IValue& x : v.toListRef()) add(x);
-      return say("]");
-    }
-    return v.isDevice() ? *this : say(v.tagKind());  // None, Generator
+    if (!v.isTensorList()) return say(c10::str(v));
+    say("[");
+    for (const Tensor& t : v.toTensorVector()) add(t);
+    return say("]");
   }
 };
 
@@ -154,7 +131,8 @@ static void ran(const std::string& op, const Arguments& arguments) {
   record_.layouts += arguments.layouts + " ";
 }
 
-static void synced(std::string by) {  // the host waits for the card, which first runs what it was given
+// The host waits for the card, which first runs what it was given.
+static void synced(std::string by) {
   std::lock_guard<std::mutex> hold(record_.lock);
   ++record_.counts["syncs"][by];
   record_.steps["sync"].push_back(record_.optimizer_steps);
@@ -163,25 +141,23 @@ static void synced(std::string by) {  // the host waits for the card, which firs
 
 // An op without a kernel: its tensors go to the host and back. `call` is the op and a dtype.
 static void fell_back(const std::string& op, const std::string& call) {
-  {
-    std::lock_guard<std::mutex> hold(record_.lock);
-    ++record_.counts["fallbacks"][call];
-    ++record_.counts["ops"][op];
-  }
   synced(op);
+  std::lock_guard<std::mutex> hold(record_.lock);
+  ++record_.counts["fallbacks"][call];
 }
 
 // ---- kernels that the card has: supported_ops.txt ---------------------------------------------
 static std::unordered_set<std::string> supported;  // "op"
 static std::unordered_set<std::string> lacking;    // "op dtype", "op >dtype" for a conversion to it
 
-// Records a call of an op: part of a graph, or a fall-back to the host. `name` has the overload, `op` has not.
-static void called(const std::string& name, const std::string& op, const Arguments& arguments) {
+// Records a call of an op: part of a graph, or a fall-back to the host.
+static void called(const std::string& name, const Arguments& arguments) {
+  std::string op = name.substr(0, name.find('.'));  // without the overload
+  if (op.back() == '_') op.pop_back();
   const std::string base = op.substr(op.find(':') + 2);
   if (supported.count(base) && !lacking.count(base + " " + arguments.dtype)) ran(name, arguments);
   else fell_back(name, op + " " + arguments.dtype);
 }
-static void called(const std::string& op, const Arguments& arguments) { called(op, op, arguments); }
 
 // ---- memory, device guard, generator, hooks ---------------------------------------------------
 // A process takes a card when it first needs one. Other processes hold HPU_SIM_BUSY of the machine's HPU_SIM_CARDS.
@@ -190,13 +166,12 @@ static std::atomic<bool> acquired{false};
 
 static void acquire() {
   if (acquired) return;
-  TORCH_CHECK(cards() > 0, "synStatus=8 [Device not found] Device acquire failed. No devices found.");
   const bool is_free = env_int("LOCAL_RANK", 0) < cards() - env_int("HPU_SIM_BUSY", 0);
   TORCH_CHECK(is_free, "synStatus=8 [Device not found] Device acquire failed.");
   acquired = true;
 }
 
-static std::atomic<int64_t> bytes_now{0};
+static std::atomic<int64_t> bytes_now{0}, bytes_peak{0};
 void Block::release(void* context) {
   std::unique_ptr<Block> block(static_cast<Block*>(context));
   bytes_now -= block->n;
@@ -213,7 +188,7 @@ struct CardAllocator final : c10::Allocator {
     void* p = nullptr;
     // 64: what the CPU's vector kernels get
     TORCH_CHECK(posix_memalign(&p, 64, n) == 0, "no memory left for the simulated card");
-    bytes_now += n;
+    bytes_peak = std::max(bytes_peak.load(), bytes_now += n);
     return {p, new Block{p, n}, &Block::release, kCard};
   }
   void copy_data(void* dst, const void* src, std::size_t n) const override { std::memcpy(dst, src, n); }
@@ -225,7 +200,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return T; }
   Device exchangeDevice(Device) const override { return Device(T, 0); }
   Device getDevice() const override { return Device(T, 0); }
-  void setDevice(Device d) const override { TORCH_CHECK(d.index() <= 0, "this process has one card, hpu:0, not ", d); }
+  void setDevice(Device) const override {}
   void uncheckedSetDevice(Device) const noexcept override {}
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, Device(T, 0)); }
   Stream exchangeStream(Stream s) const noexcept override { return s; }
@@ -236,25 +211,8 @@ static Guard<DeviceType::CUDA> no_cuda_guard;
 
 // The card's generator. Its numbers are not the CPU's. Before it is seeded, all cards have the same.
 static constexpr uint64_t kOther = 0x6A09E667;
-static mt19937 card_engine(kOther);
-static void seed_card(int64_t seed) { card_engine = mt19937(static_cast<uint64_t>(seed) ^ kOther); }
-
-struct CardDraws {  // while this lives, the CPU's kernels draw from the card's generator
-  CPUGeneratorImpl* cpu = get_generator_or_default<CPUGeneratorImpl>(std::nullopt, at::detail::getDefaultCPUGenerator());
-  mt19937 host = cpu->engine();
-  std::optional<float> next_float = cpu->next_float_normal_sample();
-  std::optional<double> next_double = cpu->next_double_normal_sample();
-  CardDraws() { use(card_engine, std::nullopt, std::nullopt); }
-  ~CardDraws() {
-    card_engine = cpu->engine();
-    use(host, next_float, next_double);
-  }
-  void use(const mt19937& engine, std::optional<float> f, std::optional<double> d) {
-    cpu->set_engine(engine);
-    cpu->set_next_float_normal_sample(f);
-    cpu->set_next_double_normal_sample(d);
-  }
-};
+static Generator card_numbers = at::detail::createCPUGenerator(kOther);
+static void seed_card(int64_t seed) { card_numbers.set_current_seed(seed ^ kOther); }
 
 struct CardHooks final : HPUHooksInterface {  // isBuilt and isAvailable override nothing in torch 2.6
   void init() const override {}
@@ -308,7 +266,7 @@ static void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
   std::vector<IValue> given(stack->begin() + first, stack->end());  // the card's tensors, to hand back those written in place
   Arguments all;
   for (const IValue& v : given) all.add(v);
-  called(name, on.name.back() == '_' ? on.name.substr(0, on.name.size() - 1) : on.name, all);
+  called(name, all);
 
   auto check = [&](const Tensor& t) {
     TORCH_CHECK(!t.defined() || t.device() == kCard || (t.device().is_cpu() && t.dim() == 0),
@@ -323,38 +281,21 @@ static void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
       c10::List<Tensor> out;
       for (const Tensor& t : v.toTensorVector()) { check(t); out.push_back(on_cpu(t)); }
       v = out;
-    } else if (v.isOptionalTensorList()) {
-      c10::List<std::optional<Tensor>> out;
-      for (const std::optional<Tensor>& t : v.toOptionalTensorVector()) {
-        if (t) check(*t);
-        out.push_back(t ? std::optional<Tensor>(on_cpu(*t)) : std::nullopt);
-      }
-      v = out;
-    } else if (v.isGenerator()) {
-      TORCH_CHECK(false, "Expected a 'hpu' device type for generator but found '", v.toGenerator().device().type(), "'");
-    } else if (v.isDevice()) {
-      v = Device(kCPU);
+    } else if (args[i].name() == "generator") {
+      v = card_numbers;
     }
   }
-  std::vector<IValue> seen(stack->begin() + first, stack->end());
-  {
-    std::optional<CardDraws> draws;
-    if (op.hasTag(at::Tag::nondeterministic_seeded)) draws.emplace();
-    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
-  }
+  std::vector<IValue> used(stack->begin() + first, stack->end());
+  op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
 
   for (size_t i = 0; i < args.size(); ++i) {
-    if (!args[i].alias_info() || !args[i].alias_info()->isWrite()) continue;
-    if (given[i].isTensorList()) {
-      for (const Tensor& t : given[i].toTensorVector()) written(t);
-    }
-    if (!seen[i].isTensor() || !given[i].toTensor().defined()) continue;
-    const Tensor& cpu = seen[i].toTensor();
-    Tensor card = given[i].toTensor();
+    const auto* alias = args[i].alias_info();
+    if (!alias || !alias->isWrite() || !given[i].isTensor()) continue;
+    const Tensor& cpu = used[i].toTensor();
+    const Tensor& card = given[i].toTensor();
     written(card);
-    // An `out` that the CPU's kernel resized has other memory now.
-    if (card.device().is_cpu() || (cpu.sizes() == card.sizes() && cpu.storage().data() == card.storage().data())) continue;
-    card.resize_(cpu.sizes());
+    if (!card.defined() || card.device().is_cpu() || cpu.sizes() == card.sizes()) continue;
+    card.resize_(cpu.sizes());  // an `out`, which the CPU's kernel has given other memory
     on_cpu(card).copy_(cpu);
   }
   const auto& returns = schema.returns();
@@ -367,25 +308,16 @@ static void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
       TORCH_CHECK(alias->isWrite(), name, " makes a view: the simulated card needs a kernel of its own for it");
     } else if (v.isTensor()) {
       v = on_card(v.toTensor());
-    } else if (v.isTensorList()) {
-      c10::List<Tensor> out;
-      for (const Tensor& t : v.toTensorVector()) out.push_back(on_card(t));
-      v = out;
     }
   }
 }
 
-static void check_card(std::optional<Device> d) {
-  TORCH_CHECK(!d || d->index() <= 0, "this process has one card, hpu:0, not ", *d);
-}
-static Tensor card_empty(IntArrayRef size, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device> device,
-                         std::optional<bool>, std::optional<MemoryFormat> format) {
-  check_card(device);
+static Tensor card_empty(IntArrayRef size, std::optional<ScalarType> dtype, std::optional<Layout>,
+                         std::optional<Device>, std::optional<bool>, std::optional<MemoryFormat> format) {
   return at::detail::empty_generic(size, &card_memory, DispatchKeySet(DispatchKey::HPU), c10::dtype_or_default(dtype), format);
 }
 static Tensor card_empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<ScalarType> dtype, std::optional<Layout>,
-                                 std::optional<Device> device, std::optional<bool>) {
-  check_card(device);
+                                 std::optional<Device>, std::optional<bool>) {
   return at::detail::empty_strided_generic(size, stride, &card_memory, DispatchKeySet(DispatchKey::HPU), c10::dtype_or_default(dtype));
 }
 static void record_copy(const Tensor& src, const Tensor& dst) {  // from the card to the card
@@ -410,12 +342,7 @@ static Tensor card_as_strided(const Tensor& t, IntArrayRef size, IntArrayRef str
 }
 static Tensor card_permute(const Tensor& t, IntArrayRef dims) {
   called("aten::permute", Arguments().add(t).add(dims));
-  std::vector<int64_t> size, stride;
-  for (int64_t dim : dims) {
-    size.push_back(t.size(dim));
-    stride.push_back(t.stride(dim));
-  }
-  return at::native::as_strided_tensorimpl(t, size, stride, t.storage_offset());
+  return at::native::permute(t, dims);
 }
 static Tensor card_view(const Tensor& t, IntArrayRef size) {
   called("aten::view", Arguments().add(t).add(size));
@@ -426,12 +353,6 @@ static Tensor card_reshape_alias(const Tensor& t, IntArrayRef size, IntArrayRef 
   return at::native::_reshape_alias(t, size, stride);
 }
 
-static Tensor& card_set(Tensor& t, Storage s, int64_t offset, IntArrayRef size, IntArrayRef stride) {
-  return at::cpu::set_(t, s, offset, size, stride);
-}
-static Tensor& card_set_whole(Tensor& t, Storage s) {  // torch.save and torch.load move whole storages
-  return at::cpu::set_(t, s, 0, {static_cast<int64_t>(s.nbytes() / t.dtype().itemsize())}, {});
-}
 static Scalar card_item(const Tensor& t) {
   synced("_local_scalar_dense");
   return at::native::_local_scalar_dense_cpu(on_cpu(t));
@@ -441,16 +362,15 @@ static Tensor card_conv(const Tensor& x, const Tensor& w, const std::optional<Te
   Arguments all;
   all.add(x).add(w).add(b.value_or(Tensor())).add(stride).add(pad).add(dil).add(transposed).add(out_pad).add(groups);
   ran("aten::convolution_overrideable", all);
-  const bool has_bias = b && b->defined();
   TORCH_CHECK(x.device() == w.device(), "Expected all tensors to be on the same device: ", x.device(), w.device());
-  return on_card(at::convolution(on_cpu(x), on_cpu(w), has_bias ? std::optional<Tensor>(on_cpu(*b)) : std::nullopt,
+  return on_card(at::convolution(on_cpu(x), on_cpu(w), on_cpu(b.value_or(Tensor())),
                                  stride, pad, dil, transposed, out_pad, groups));
 }
 static std::tuple<Tensor, Tensor, Tensor> card_conv_backward(const Tensor& g, const Tensor& x, const Tensor& w, IntArrayRef stride,
     IntArrayRef pad, IntArrayRef dil, bool transposed, IntArrayRef out_pad, int64_t groups, std::array<bool, 3> mask) {
   Arguments all;
   all.add(g).add(x).add(w).add(stride).add(pad).add(dil).add(transposed).add(out_pad).add(groups);
-  for (bool m : mask) all.add(m);
+  all.add(mask);
   ran("aten::convolution_backward_overrideable", all);
   const std::vector<int64_t> bias_size{transposed ? w.size(1) * groups : w.size(0)};
   auto [gx, gw, gb] = at::convolution_backward(on_cpu(g), on_cpu(x), on_cpu(w), at::OptionalIntArrayRef(bias_size),
@@ -468,8 +388,6 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
   m.impl("view", &card_view);
   m.impl("_reshape_alias", &card_reshape_alias);
   m.impl("resize_", &at::native::resize_);
-  m.impl("set_.source_Storage_storage_offset", &card_set);
-  m.impl("set_.source_Storage", &card_set_whole);
   m.impl("_local_scalar_dense", &card_item);
   m.impl("convolution_overrideable", &card_conv);
   m.impl("convolution_backward_overrideable", &card_conv_backward);
@@ -485,8 +403,7 @@ static Ops ops_from(const char* env, Ops defaults) {
   for (std::string line; std::getline(file, line);) ops.insert(line);
   return ops;
 }
-static const Ops first_only{"layer_norm", "group_norm", "instance_norm", "batch_norm"};  // weights and statistics stay fp32
-static const Ops promoted{"add", "addcmul", "addcdiv", "cat", "div", "exp", "mul", "pow", "sub", "stack"};
+static const Ops promoted{"add", "addcmul", "cat", "div", "exp", "mul", "pow", "sub", "stack"};
 
 enum class Cast { lower, lower_first, fp32, promote };
 template <Cast HOW>
@@ -518,24 +435,22 @@ static torch::CppFunction casting() { return torch::CppFunction::makeFromBoxedFu
 
 TORCH_LIBRARY_IMPL(_, AutocastHPU, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 TORCH_LIBRARY_IMPL(aten, AutocastHPU, m) {
+  // Of the plugin's lists, what a GAN may call.
   const Ops lower = ops_from("PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST",
-      {"addmm", "addbmm", "batch_norm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-       "conv_transpose3d", "dot", "dropout", "feature_dropout", "group_norm", "instance_norm", "layer_norm", "leaky_relu", "linear",
-       "matmul", "mean", "mm", "mul", "mv", "softmax", "log_softmax", "scaled_dot_product_attention"});
+      {"addmm", "batch_norm", "bmm", "conv2d", "conv_transpose2d", "dropout", "leaky_relu",
+       "linear", "matmul", "mean", "mm", "mul", "softmax", "log_softmax"});
   const Ops fp32 = ops_from("PT_HPU_AUTOCAST_FP32_OPS_LIST",
-      {"acos", "addcdiv", "asin", "atan2", "bilinear", "binary_cross_entropy", "binary_cross_entropy_with_logits", "cdist", "cosh",
-       "cosine_embedding_loss", "cosine_similarity", "cross_entropy_loss", "dist", "div", "divide", "embedding", "embedding_bag", "erfinv",
-       "exp", "expm1", "hinge_embedding_loss", "huber_loss", "kl_div", "l1_loss", "log", "log10", "log1p", "log2", "logsumexp",
-       "margin_ranking_loss", "mse_loss", "multi_margin_loss", "multilabel_margin_loss", "nll_loss", "pdist", "poisson_nll_loss", "pow",
-       "reciprocal", "renorm", "rsqrt", "sinh", "smooth_l1_loss", "soft_margin_loss", "softplus", "tan", "topk", "triplet_margin_loss",
-       "true_divide"});
+      {"addcdiv", "binary_cross_entropy", "binary_cross_entropy_with_logits", "div", "exp", "log",
+       "log1p", "l1_loss", "logsumexp", "mse_loss", "pow", "reciprocal", "rsqrt", "softplus"});
   for (const auto& on : c10::Dispatcher::singleton().getAllOpNames()) {
     if (on.name.rfind("aten::", 0) != 0) continue;
     const std::string op = on.name.substr(6);
     auto handle = c10::Dispatcher::singleton().findSchema(on);
     if (!handle || handle->schema().is_mutable()) continue;
     const std::string full = on.overload_name.empty() ? on.name : on.name + "." + on.overload_name;
-    if (lower.count(op)) m.impl(full.c_str(), first_only.count(op) ? casting<Cast::lower_first>() : casting<Cast::lower>());
+    // Batch norm's weights and statistics stay in fp32.
+    if (lower.count(op) && op == "batch_norm") m.impl(full.c_str(), casting<Cast::lower_first>());
+    else if (lower.count(op)) m.impl(full.c_str(), casting<Cast::lower>());
     else if (fp32.count(op)) m.impl(full.c_str(), casting<Cast::fp32>());
     else if (promoted.count(op)) m.impl(full.c_str(), casting<Cast::promote>());
   }
@@ -548,21 +463,15 @@ TORCH_LIBRARY(hpu_sim, m) {
   m.def("seed(int seed) -> ()", &seed_card);
   // An op that the Python side computes. It may write all its tensors.
   m.def("ran(str op, Tensor[] tensors, str constants) -> ()", [](std::string op, std::vector<Tensor> tensors, std::string constants) {
-    Arguments all;
-    for (const Tensor& t : tensors) all.add(t);
-    all.text += constants;
-    ran(op, all);
+    ran(op, Arguments().add(tensors).say(constants));
     for (const Tensor& t : tensors) written(t);
   });
-  m.def("mark() -> ()", [] {
+  m.def("mark(int optimizer_steps) -> ()", [](int64_t optimizer_steps) {
     std::lock_guard<std::mutex> hold(record_.lock);
     cut();
+    record_.optimizer_steps += optimizer_steps;
   });
-  m.def("synced(str by) -> ()", [](std::string by) { acquire(); synced(by); });
-  m.def("optimizer_step() -> ()", [] {
-    std::lock_guard<std::mutex> hold(record_.lock);
-    ++record_.optimizer_steps;
-  });
+  m.def("synced(str by) -> ()", &synced);
   m.def("counts(str what) -> Dict(str, int)", [](std::string what) {
     std::lock_guard<std::mutex> hold(record_.lock);
     c10::Dict<std::string, int64_t> counts;
@@ -573,5 +482,6 @@ TORCH_LIBRARY(hpu_sim, m) {
     std::lock_guard<std::mutex> hold(record_.lock);
     return what == "optimizer" ? std::vector<int64_t>{record_.optimizer_steps} : record_.steps[what];
   });
+  m.def("peak_memory() -> int", [] { return bytes_peak.load(); });
   m.def("on_cpu(Tensor t) -> Tensor", &on_cpu);
 }

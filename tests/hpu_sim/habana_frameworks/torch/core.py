@@ -1,7 +1,4 @@
-"""Loads the simulated card, as importing the real plugin's core loads the real one.
-
-tests/hpu_sim/README.md lists the environment variables. The import works without a card and with busy cards.
-"""
+"""Loads the simulated card, as importing the real plugin's core loads the real one."""
 import atexit
 import ctypes
 import functools
@@ -13,12 +10,8 @@ import torch
 import torch.distributed
 import torch.random
 
-try:
-    _plug = ctypes.CDLL(None).hpu_sim_on
-    _library = os.path.join(os.environ["HPU_SIM_BUILD"], "libhpu_sim.so")
-except (AttributeError, KeyError):
-    raise ImportError("the simulated card needs LD_PRELOAD and HPU_SIM_BUILD from tests/hpu_sim/build.py") from None
-torch.ops.load_library(_library)
+_plug = ctypes.CDLL(None).hpu_sim_on  # of libpreload.so
+torch.ops.load_library(os.path.join(os.environ["HPU_SIM_BUILD"], "libhpu_sim.so"))
 _sim = torch.ops.hpu_sim
 _LAZY = os.environ.get("PT_HPU_LAZY_MODE", "0") != "0"  # eager by default, from release 1.21 on
 _lines = (Path(__file__).parents[2] / "supported_ops.txt").read_text().splitlines()
@@ -33,8 +26,7 @@ torch._register_device_module("hpu", hpu)
 
 def mark_step():
     """Cuts the lazy graph."""
-    if _LAZY:
-        _sim.mark()
+    _sim.mark(0)
 
 
 def replace_functions_of_torch():
@@ -46,7 +38,7 @@ def replace_functions_of_torch():
     def seed_everything(seed):
         if not _LAZY:
             _sim.synced("manual_seed")  # eager mode finishes the pending work first
-        hpu.random.manual_seed(seed)
+        _sim.seed(int(seed))
         return manual_seed(seed)
 
     @functools.wraps(fork_rng)
@@ -84,21 +76,11 @@ def report():
 
 
 def _at_exit():
-    """The report, and the plugin's metrics file, of a process that used the card."""
-    seen = report()
-    rank = os.environ.get("RANK")
-    if not seen["ops"] and not seen["syncs"]:
-        return
-    if path := os.environ.get("HPU_SIM_REPORT"):
+    """Writes the report of a process that used the card."""
+    seen, rank = report(), os.environ.get("RANK")
+    path = os.environ.get("HPU_SIM_REPORT")
+    if path and (seen["ops"] or seen["syncs"]):
         Path(path if rank is None else f"{path}.{rank}").write_text(json.dumps(seen))
-    if path := os.environ.get("PT_HPU_METRICS_FILE"):
-        path = Path(path)
-        if rank is not None:  # metrics.json -> metrics-rank0.json
-            path = path.with_stem(f"{path.stem}-rank{rank}")
-        numbers = {"graph_compilation": len(seen["graph_steps"] + seen["layout_steps"] + compile_steps),
-                   "cpu_fallback": sum(seen["fallbacks"].values())}
-        path.write_text(json.dumps([{"metric_name": name, "statistics": {"TotalNumber": n}}
-                                    for name, n in numbers.items()]))
 
 
 atexit.register(_at_exit)

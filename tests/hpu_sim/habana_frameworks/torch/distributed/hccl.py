@@ -1,10 +1,9 @@
 """Registers the backend `hccl`, which takes card tensors only. Gloo does the work, on the same memory.
 
 A group ends with a barrier without a time limit: in destroy_process_group(), or at the end of a process that has not
-called it. A rank that ends alone waits there for the others, which wait for the rank. os._exit() skips the barrier.
+called it. os._exit() skips the barrier.
 """
 import atexit
-import signal
 import time
 
 import torch
@@ -36,20 +35,11 @@ class ProcessGroupHccl(dist.ProcessGroup):
         return _create_work_from_future(done)
 
     def wait_for_all_ranks(self):
-        """The barrier of the plugin's destructor.
-
-        The real one waits in C++, where Python's signal handlers do not run. Here they are off.
-        """
-        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-        handlers = {signum: handler for signum, handler in handlers.items() if callable(handler)}
-        for signum in handlers:
-            signal.signal(signum, lambda *_: None)
+        """The barrier of the plugin's destructor."""
         arrived = self.store.add("HOST_BARRIER", 1)
         while arrived < self.size():
             time.sleep(0.01)
             arrived = self.store.add("HOST_BARRIER", 0)
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
 
     def getBackendName(self):
         return "hccl"
@@ -66,12 +56,10 @@ def end_groups():
         groups.pop().wait_for_all_ranks()
 
 
-def wrap_destroy(destroy):
-    def destroy_process_group(group=None):
-        end_groups()
-        destroy(group)
-    return destroy_process_group
+def destroy_process_group(group=None, usual=dist.destroy_process_group):
+    end_groups()
+    usual(group)
 
 
-dist.destroy_process_group = wrap_destroy(dist.destroy_process_group)
+dist.destroy_process_group = destroy_process_group
 atexit.register(end_groups)  # exit hooks of a script are newer, so they run before it

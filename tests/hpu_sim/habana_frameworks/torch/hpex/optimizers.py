@@ -11,9 +11,8 @@ from habana_frameworks.torch import core as htcore
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, bias_correction=True):
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction)
-        super().__init__(params, defaults)
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -21,17 +20,14 @@ class FusedAdamW(torch.optim.Optimizer):
             htcore.mark_step()
             group["step"] = group.get("step", 0) + 1
             (b1, b2), lr = group["betas"], group["lr"]
-            if group["bias_correction"]:
-                lr = lr * math.sqrt(1 - b2 ** group["step"]) / (1 - b1 ** group["step"])
-            decay = 1 - group["weight_decay"] * group["lr"]
+            step_size = lr * math.sqrt(1 - b2 ** group["step"]) / (1 - b1 ** group["step"])
+            decay = 1 - group["weight_decay"] * lr
             rows = []
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                 rows.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
-                if any(t.device.type != "hpu" for t in rows[-1]):
-                    raise NotImplementedError("Could not run 'hpu::optimizer_adamw' with tensors that are not on hpu")
             # One fused op: the record does not show the arithmetic below.
             constants = f"{b1} {b2} {group['eps']}"
             torch.ops.hpu_sim.ran("hpu::optimizer_adamw", [t for row in rows for t in row], constants)
@@ -39,6 +35,5 @@ class FusedAdamW(torch.optim.Optimizer):
                 w, g, m, v = map(torch.ops.hpu_sim.on_cpu, row)
                 m.mul_(b1).add_(g, alpha=1 - b1)
                 v.mul_(b2).addcmul_(g, g, value=1 - b2)
-                w.mul_(decay).addcdiv_(m, v.sqrt().add_(group["eps"]), value=-lr)
-        htcore.mark_step()
-        torch.ops.hpu_sim.optimizer_step()
+                w.mul_(decay).addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
+        torch.ops.hpu_sim.mark(1)

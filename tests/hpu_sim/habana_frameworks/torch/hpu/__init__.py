@@ -4,20 +4,10 @@ import warnings
 
 import torch
 
-from habana_frameworks.torch.hpu import random  # noqa: F401
-
 
 def is_available():
-    return device_count() > 0
-
-
-def device_count():
-    """Cards in the machine, busy or not. A process sees the one it acquired as hpu:0, whatever its rank."""
-    return int(os.environ.get("HPU_SIM_CARDS", "1"))
-
-
-def current_device():
-    return 0
+    """Also with busy cards."""
+    return os.environ.get("HPU_SIM_CARDS") != "0"
 
 
 def _lazy_init():
@@ -36,3 +26,7 @@ def get_device_name(device=None):
 def synchronize(device=None):
     torch.ops.hpu_sim.acquire()
     torch.ops.hpu_sim.synced("synchronize")
+
+
+def max_memory_allocated(device=None):
+    return torch.ops.hpu_sim.peak_memory()
