@@ -70,7 +70,7 @@ torch.manual_seed(args.seed) => torch.manual_seed(0)
 SeedSequence((seed, => SeedSequence((0,
 in rng.permutation(stretches): => in stretches:
 np.array(frames[start:stop]) => np.array(frames[:stop - start])
-## train.py: tests/test_options.py -k "optimizer or lr_is or beta1 or seed or latents or noise or augment or mirror or override"
+## train.py: tests/test_options.py -k "override"
 optimizer.param_groups[0].update(self.adam) => pass
 ## train.py: tests/test_options.py -k "minutes or saves or log_line or images_are or length_follow or named_after or without_data or init"
 >= 10_000: => >= 100_000:
