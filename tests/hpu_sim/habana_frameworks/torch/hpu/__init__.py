@@ -26,7 +26,3 @@ def get_device_name(device=None):
 def synchronize(device=None):
     torch.ops.hpu_sim.acquire()
     torch.ops.hpu_sim.synced("synchronize")
-
-
-def max_memory_allocated(device=None):
-    return torch.ops.hpu_sim.peak_memory()
