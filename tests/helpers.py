@@ -69,6 +69,8 @@ def become(words, folder, env, first, stdout, stderr):
     stdout.close()
     stderr.close()
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's ignore it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
