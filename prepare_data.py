@@ -443,7 +443,7 @@ def decode(picture, H, W):
     if isinstance(picture, bytes):
         picture = Image.open(io.BytesIO(picture), formats=DECODERS)
     if picture.mode.startswith(("I", "F")):  # PIL would clip the values
-        raise InputError("16 bits: convert to 8, as in: magick mogrify -depth 8 *.png")
+        raise InputError("16 bits: convert to 8, as in: mogrify -depth 8 *.png *.tif")
     if min(picture.size) < 16:
         raise ValueError(f"not a photograph: {picture.size} pixels")
 

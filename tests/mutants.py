@@ -83,7 +83,8 @@ dcgan.D.load_state_dict(rebuild( => (lambda *_: None)(rebuild(
 ## train.py: tests/test_resume.py -k "second_save or more_epochs or other_batches or has_scores or best_pt or operation or infinite or own_with or data_is_typed or signals"
 seen = run.images // run.images_per_step => seen = 0
 purge_step=self.images + 1 if resumed else 0 => purge_step=None
-if coverage >= real_coverage / 2] => if True]
+if coverage >= real_coverage / 2} => if True}
+<= 1.1 * min(enough.values() => <= 1.0 * min(enough.values()
 score, coverage = self.score(G, self.args.latent) => score, coverage = self.score(G, "uniform")
 ## train.py: tests/test_ranks.py -k "same_weights or gradients or twice or differ or signal_to_one"
 loss = loss / self.world => loss = loss
