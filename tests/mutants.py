@@ -72,7 +72,7 @@ in rng.permutation(stretches): => in stretches:
 np.array(frames[start:stop]) => np.array(frames[:stop - start])
 ## train.py: tests/test_options.py -k "override"
 optimizer.param_groups[0].update(self.adam) => pass
-## train.py: tests/test_options.py -k "minutes or saves or log_line or images_are or length_follow or named_after or without_data or init"
+## train.py: tests/test_options.py -k "minutes or saves or log_line or images_are or length_follow or named_after or without_data or init or mistake"
 >= 10_000: => >= 100_000:
 max(25, math.ceil( => max(1, math.ceil(
 if "data" not in given:\n        defaults |= DEMO => if False:\n        defaults |= DEMO
