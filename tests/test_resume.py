@@ -193,6 +193,7 @@ class Given:
         pass
 
     def __call__(self, G, latent):
+        assert latent == "normal"
         return self.table[G.step]
 
 
