@@ -233,6 +233,8 @@ def test_presses_and_the_key_c_collect_seeds_in_their_order(opened):
     opened.press("c")
     assert collected(opened) == f"--seeds {LARGE}"
     opened.press("c", "ArrowRight")
+    if shown_seed(opened) == LARGE:  # the order is random, and this one is collected
+        opened.press("ArrowRight")
     opened.click("#collect")
     assert collected(opened) == f"--seeds {LARGE},7,{shown_seed(opened)}"
     assert opened.run("return document.querySelectorAll('#all [aria-pressed=true]').length") == 3
