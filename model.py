@@ -258,9 +258,6 @@ def to_grey_levels(images):
 
 
 # ---- the score -----------------------------------------------------------------------------------
-SCORED = 50  # frames of each kind that a score needs at least
-
-
 class Score:
     """How close generated pictures are to held-out images: Score(…)(G, latent) → (score, coverage).
 
@@ -281,8 +278,8 @@ class Score:
     def __init__(self, train, holdout, image_size):
         # Small packs have several windows of a frame, each in another group.
         self.group_size = min(len(train), len(holdout), 2048)
-        if self.group_size < SCORED:
-            raise InputError(f"a score needs {SCORED} training frames and {SCORED} held-out "
+        if self.group_size < 50:
+            raise InputError("a score needs 50 training frames and 50 held-out "
                              f"frames: there are {len(train)} and {len(holdout)}")
         self.images = self.group_size * math.ceil(1000 / self.group_size)
         self.network = untrained_network(image_size)
